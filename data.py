@@ -1,0 +1,358 @@
+"""PASCAL VOC as it is distributed: image tags for training, masks for scoring only; a toy set in the same layout; mIoU.
+
+Training reads JPEGImages, Annotations and ImageSets. `VOC.mask` is the only function that opens SegmentationClass*, and
+only evaluation (and `--supervised`, the upper bound) calls it. A folder with other classes than VOC's twenty names them in
+a file classes.txt, one a line, beside ImageSets.
+"""
+import os
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+
+IGNORE = 255
+VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+               "pottedplant sheep sofa train tvmonitor").split()
+CORE = {"background", "cat", "cow", "dog", "horse", "person", "sheep"}   # the classes our VOC subset was drawn for
+MAX_PIXELS = 64_000_000                                            # past this a header lies or memory would go
+
+
+class InputError(Exception):
+    """The one error a user can cause: 'file: what is wrong; expected what; fix'. train.py prints it and exits with 2."""
+
+
+# ---- files -> arrays ---------------------------------------------------------------------------------------------------
+
+
+def open_image(path):
+    """Open and check the header only: a PIL image whose sides are 16 px or more, at most 64 megapixels."""
+    try:
+        image = Image.open(path, formats=("JPEG", "PNG"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image; expected a JPEG for every id listed; add it or take the id out of the list")
+    except Exception as e:                                         # Pillow's parsers raise a dozen types on broken files
+        raise InputError(f"{path}: not a readable image ({e}); expected JPEG or PNG; replace it or take the id out of the list")
+    w, h = image.size
+    if min(w, h) < 16 or w * h > MAX_PIXELS:
+        raise InputError(f"{path}: {w}x{h} pixels; expected 16 or more a side and at most 64 megapixels; resize it or unlist it")
+    return image
+
+
+def read_image(path):
+    """RGB PIL image, upright (EXIF), from grey, CMYK, palette, RGBA or 16-bit files too. Raises InputError."""
+    image = open_image(path)
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):                             # 16-bit grey: keep the upper byte
+            image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    except Exception as e:
+        raise InputError(f"{path}: cannot be decoded ({e}); expected a whole JPEG or PNG; replace it or take the id out of the list")
+
+
+def read_mask(path, size, num_classes):
+    """Palette or grey PNG -> (H,W) uint8 with 0..num_classes and 255. size is the image's (W,H). Raises InputError."""
+    mask = open_image(path)
+    if mask.mode not in ("P", "L"):
+        raise InputError(f"{path}: mode {mask.mode}; expected a palette PNG of class indices; re-export the mask as indexed")
+    if mask.size != size:
+        raise InputError(f"{path}: {mask.size[0]}x{mask.size[1]} pixels; expected its image's {size[0]}x{size[1]}; re-export it")
+    try:
+        mask = np.array(mask)
+    except Exception as e:
+        raise InputError(f"{path}: cannot be decoded ({e}); expected a whole PNG; re-export it")
+    wrong = mask[(mask > num_classes) & (mask != IGNORE)]
+    if wrong.size:
+        raise InputError(f"{path}: index {wrong[0]}; expected 0..{num_classes} or 255; re-export it with this class list")
+    return mask
+
+
+def read_tags(path, classes, difficult=True):
+    """Names of the classes in a VOC annotation: `object/name` directly, never the parts inside an object.
+
+    difficult=False leaves out objects marked <difficult>1. Raises InputError (also on a DOCTYPE: VOC has none, and entity
+    bombs need one).
+    """
+    try:
+        text = Path(path).read_bytes()
+        if b"<!" in text.replace(b"<!--", b"") or b"\0" in text or len(text) > 1_000_000:
+            raise ValueError("it holds a DOCTYPE, a NUL or a megabyte")
+        root = ET.fromstring(text)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such annotation; expected an XML for every id listed; add it or take the id out of the list")
+    except (ET.ParseError, ValueError, LookupError, OSError) as e:
+        raise InputError(f"{path}: not a plain VOC annotation ({e}); expected <annotation><object><name>; rewrite it")
+    tags = {(o.findtext("name") or "").strip() for o in root.findall("object")
+            if difficult or (o.findtext("difficult") or "0").strip() != "1"}
+    for name in tags - set(classes):
+        raise InputError(f"{path}: unknown class {name[:40]!r}; expected one of {' '.join(classes)}; rename it or edit classes.txt")
+    if not tags:
+        raise InputError(f"{path}: no tag; expected at least one <object><name>; tag the image or take its id out of the list")
+    return tags
+
+
+def read_list(path):
+    """Image ids, one a line; CRLF, blank lines and the -1/0/1 column of ImageSets/Main are understood (-1 is left out)."""
+    try:
+        lines = [line.split() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot be read ({type(e).__name__}); expected a text file with one image id a line; write it")
+    for parts in lines:
+        if len(parts) > 2 or parts[1:] not in ([], ["-1"], ["0"], ["1"]) or "/" in parts[0] or ".." in parts[0] or "\0" in parts[0]:
+            raise InputError(f"{path}: line {' '.join(parts)[:60]!r}; expected an id and perhaps -1, 0 or 1; mend the line")
+    ids = list(dict.fromkeys(parts[0] for parts in lines if parts[1:] != ["-1"]))
+    if not ids:
+        raise InputError(f"{path}: lists no image; expected one id a line; fill it")
+    return ids
+
+
+# ---- the devkit --------------------------------------------------------------------------------------------------------
+
+
+def find_devkit(path):
+    """The folder that holds ImageSets: PATH itself, PATH/VOC2012, or PATH/VOCdevkit/VOC2012. Raises InputError."""
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; expected a VOC devkit; download VOC2012 or correct --voc")
+    for root in (path, path / "VOC2012", path / "VOCdevkit" / "VOC2012"):
+        if (root / "ImageSets" / "Segmentation").is_dir():
+            return root
+    raise InputError(f"{path}: not a VOC devkit; expected ImageSets/Segmentation in it, in VOC2012 or in VOCdevkit/VOC2012; correct --voc")
+
+
+class VOC:
+    """One split of a devkit: ids, and for i the image, its tags y (K,) and, for scoring only, its mask."""
+
+    def __init__(self, path, split, difficult=True):
+        self.root = find_devkit(path)
+        lists = self.root / "ImageSets" / "Segmentation"
+        if split == "train":
+            split = "train_aug" if (lists / "train_aug.txt").exists() else "train"
+        self.split, self.ids, self.difficult = split, read_list(lists / f"{split}.txt"), difficult
+        names = self.root / "classes.txt"
+        self.classes = [line.strip() for line in names.read_text().splitlines() if line.strip()] if names.exists() else VOC_CLASSES
+        self.labels = None                                         # (n,K) float32, filled by scan_tags
+
+    def __len__(self):
+        return len(self.ids)
+
+    def image_path(self, i):
+        return self.root / "JPEGImages" / f"{self.ids[i]}.jpg"
+
+    def image(self, i):
+        return read_image(self.image_path(i))
+
+    def scan_tags(self, progress=lambda done, total: None):
+        """Read every tag and check every image's header and end before training begins. Sets and returns labels (n,K)."""
+        labels = torch.zeros(len(self), len(self.classes))
+        for i, name in enumerate(self.ids):
+            path = self.image_path(i)
+            image = open_image(path)
+            with open(path, "rb") as f:
+                f.seek(max(0, os.path.getsize(path) - 4096))
+                if b"\xff\xd9" not in f.read() and image.format == "JPEG":   # no end marker: let the decoder say
+                    read_image(path)
+            image.close()
+            for tag in read_tags(self.root / "Annotations" / f"{name}.xml", self.classes, self.difficult):
+                labels[i, self.classes.index(tag)] = 1
+            progress(i + 1, len(self))
+        self.labels = labels
+        return labels
+
+    def mask_path(self, i):
+        """Path of image i's mask, from SegmentationClassAug or SegmentationClass, or None where there is none."""
+        for folder in ("SegmentationClassAug", "SegmentationClass"):
+            path = self.root / folder / f"{self.ids[i]}.png"
+            if path.exists():
+                return path
+
+    def mask(self, i, size):
+        """(H,W) uint8 ground truth of image i. For measuring and for the supervised upper bound; never for training."""
+        return read_mask(self.mask_path(i), size, len(self.classes))
+
+
+# ---- images -> network inputs ------------------------------------------------------------------------------------------
+
+
+def to_tensor(image):
+    """PIL RGB -> (3,H,W) float32 in [0,1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def aligned(image, size):
+    """Resize so that the long side is about `size` and both sides are 16n+1, where every feature grid is aligned."""
+    scale = size / max(image.size)
+    return image.resize([16 * max(1, round((side * scale - 1) / 16)) + 1 for side in image.size], Image.BILINEAR)
+
+
+class Crops(torch.utils.data.Dataset):
+    """Joint scale / flip / crop of image i and its label map: everything random is drawn from (seed, epoch, i) alone.
+
+    The long side becomes size * U(scale), then a crop x crop window is cut; outside the image the input is grey 0.5 and the
+    label 255. label_path(i) names a PNG of pseudo labels, or is None while there are none (all 255). Returns image
+    (3,crop,crop) float32 in [0,1], tags (K,) float32, label (crop,crop) int64 and i.
+    """
+
+    def __init__(self, voc, crop, size, scale, seed, epoch, label_path=None):
+        self.voc, self.crop, self.size, self.scale = voc, crop, size, scale
+        self.seed, self.epoch, self.label_path = seed, epoch, label_path
+
+    def __len__(self):
+        return len(self.voc)
+
+    def __getitem__(self, i):
+        rng = np.random.default_rng([self.seed, self.epoch, i])
+        image = self.voc.image(i)
+        w, h = image.size
+        c, ratio = self.crop, self.size * rng.uniform(*self.scale) / max(w, h)   # ratio: output pixels per image pixel
+        x, y = (rng.uniform(min(0, side - c / ratio), max(0, side - c / ratio)) for side in (w, h))   # crop corner
+        x0, y0, x1, y1 = max(0, x), max(0, y), min(w, x + c / ratio), min(h, y + c / ratio)   # its part inside the image
+        at = (round((x0 - x) * ratio), round((y0 - y) * ratio))
+        part = (max(1, min(c - at[0], round((x1 - x0) * ratio))), max(1, min(c - at[1], round((y1 - y0) * ratio))))
+        flip = rng.random() < 0.5
+
+        def cut(picture, resample, fill):
+            canvas = Image.new(picture.mode, (c, c), fill)
+            canvas.paste(picture.resize(part, resample, box=(x0, y0, x1, y1)), at)
+            return ImageOps.mirror(canvas) if flip else canvas
+
+        label = torch.full((c, c), IGNORE)
+        if self.label_path:
+            label = torch.from_numpy(np.array(cut(Image.fromarray(read_mask(self.label_path(i), (w, h), len(self.voc.classes))),
+                                                  Image.NEAREST, IGNORE))).long()
+        return to_tensor(cut(image, Image.BILINEAR, (128,) * 3)), self.voc.labels[i], label, i
+
+
+# ---- label maps --------------------------------------------------------------------------------------------------------
+
+
+def palette():
+    """VOC's 256 colours, flat [r,g,b,r,g,b,...]: colour bit b of index bits (3b, 3b+1, 3b+2), most significant first."""
+    colours = np.zeros((256, 3), int)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((np.arange(256) >> (3 * bit + channel)) & 1) << (7 - bit)
+    return colours.flatten().tolist()
+
+
+def palette_image(label):
+    """(H,W) uint8 indices -> PIL palette image in VOC's colours."""
+    image = Image.fromarray(np.ascontiguousarray(label, dtype=np.uint8))
+    image.putpalette(palette())
+    return image
+
+
+def confusion(target, prediction, num_classes):
+    """C[g,p] = pixels of true class g predicted p, over pixels whose target is not 255: (K+1,K+1) int64."""
+    n = num_classes + 1
+    keep = target != IGNORE
+    return np.bincount(n * target[keep].astype(int) + prediction[keep], minlength=n * n).reshape(n, n)
+
+
+def iou(C):
+    """IoU_k = C_kk / (row_k + column_k - C_kk), nan for a class in no mask; mIoU is the mean over the others."""
+    C = np.asarray(C, float)
+    union = C.sum(0) + C.sum(1) - C.diagonal()
+    return np.where(C.sum(1) > 0, C.diagonal() / np.maximum(union, 1), np.nan)
+
+
+class MapScores:
+    """Scores maps M (K,H,W) against masks at every threshold t at once: prediction = class argmax_k M_k if max M >= t, else 0.
+
+    H[g,c,b] counts pixels of true class g whose best class is c with value in bin b of 100; C(t) moves all bins below t to
+    the background column.
+    """
+
+    def __init__(self, num_classes):
+        self.n = num_classes + 1
+        self.H = np.zeros((self.n, self.n, 101), np.int64)
+
+    def add(self, target, maps, present):
+        """target (H,W) uint8; maps (P,H,W) in [0,1] of the classes whose indices 0..K-1 are present (P,)."""
+        best, k = maps.max(0)
+        c = (np.asarray(present)[k.numpy()] + 1)
+        keep = target != IGNORE
+        flat = (target[keep].astype(int) * self.n + c[keep]) * 101 + (best.numpy()[keep] * 100).astype(int)
+        self.H += np.bincount(flat, minlength=self.H.size).reshape(self.H.shape)
+
+    def confusion(self, threshold):
+        b = round(threshold * 100)
+        C = self.H[:, :, b:].sum(2)
+        C[:, 0] += self.H[:, :, :b].sum((1, 2))
+        return C
+
+
+def summary(C, classes):
+    """{"miou", "core", "iou": {class: x}}: means in [0,1] over the classes that occur in a mask; core is None outside VOC."""
+    scores = {name: round(float(x), 4) for name, x in zip(["background", *classes], iou(C)) if x == x}
+    core = [x for name, x in scores.items() if name in CORE]
+    return {"miou": round(sum(scores.values()) / max(1, len(scores)), 4),
+            "core": round(sum(core) / len(core), 4) if CORE <= {"background", *classes} and core else None, "iou": scores}
+
+
+# ---- the toy set -------------------------------------------------------------------------------------------------------
+
+TOY_CLASSES = ("disc", "square", "triangle", "cross")
+
+
+def _texture(rng, size, colour, grain):
+    """(size,size,3) uint8: smooth blotches of two nearby colours plus fine grain."""
+    coarse = Image.fromarray(rng.integers(0, 255, (5, 5), dtype=np.uint8)).resize((size, size), Image.BICUBIC)
+    t = np.asarray(coarse)[:, :, None] / 255
+    other = np.clip(colour + rng.integers(-50, 50, 3), 0, 255)
+    return np.clip(colour * t + other * (1 - t) + rng.normal(0, grain, (size, size, 1)), 0, 255).astype(np.uint8)
+
+
+def _shape(name, size, cx, cy, r, angle):
+    """(size,size) bool: a disc, square, triangle or cross of radius r at (cx,cy), turned by angle."""
+    picture = Image.new("1", (size, size))
+    draw = ImageDraw.Draw(picture)
+    corners = {"square": 4, "triangle": 3}.get(name)
+    if name == "disc":
+        draw.ellipse([cx - r, cy - r, cx + r, cy + r], fill=1)
+    elif corners:
+        at = angle + 2 * np.pi * np.arange(corners) / corners
+        draw.polygon([(cx + r * np.cos(a), cy + r * np.sin(a)) for a in at], fill=1)
+    else:
+        for a in (angle, angle + np.pi / 2):
+            d = np.array([np.cos(a), np.sin(a)]) * r
+            draw.line([cx - d[0], cy - d[1], cx + d[0], cy + d[1]], fill=1, width=int(0.6 * r))
+    return np.array(picture)
+
+
+def make_toy(root, train=240, val=60, size=97, seed=0):
+    """Write a small VOC devkit under root: JPEG images, XML tags, palette masks, lists, classes.txt. Returns root as Path.
+
+    One to three objects of four shapes on blotchy backgrounds; later objects cover earlier ones; borders are 255. Each shape
+    leans to a hue of its own but shares it with backgrounds, so neither colour nor shape alone decides.
+    """
+    root, rng = Path(root), np.random.default_rng(seed)
+    hues = {"disc": (200, 70, 60), "square": (70, 90, 200), "triangle": (60, 170, 80), "cross": (210, 180, 50)}
+    for folder in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    ids = [f"toy_{n:04d}" for n in range(train + val)]
+    for name in ids:
+        image = _texture(rng, size, rng.integers(60, 200, 3), 8)
+        mask = np.zeros((size, size), np.uint8)
+        for _ in range(rng.integers(1, 4)):
+            k = int(rng.integers(len(TOY_CLASSES)))
+            r = rng.uniform(0.14, 0.26) * size
+            cx, cy = rng.uniform(r, size - r, 2)
+            inside = _shape(TOY_CLASSES[k], size, cx, cy, r, rng.uniform(0, np.pi))
+            colour = np.clip(np.array(hues[TOY_CLASSES[k]]) + rng.integers(-30, 30, 3), 0, 255)
+            image[inside] = _texture(rng, size, colour, 8)[inside]
+            grown = np.asarray(Image.fromarray(inside).convert("L").filter(ImageFilter.MaxFilter(3))) > 0
+            mask[grown] = IGNORE
+            mask[inside] = k + 1
+        tags = [TOY_CLASSES[k - 1] for k in np.unique(mask) if 0 < k < IGNORE]
+        objects = "".join(f"<object><name>{tag}</name></object>" for tag in tags)
+        Image.fromarray(image).save(root / "JPEGImages" / f"{name}.jpg", quality=92)
+        (root / "Annotations" / f"{name}.xml").write_text(f"<annotation><filename>{name}.jpg</filename>{objects}</annotation>\n")
+        palette_image(mask).save(root / "SegmentationClass" / f"{name}.png")
+    (root / "classes.txt").write_text("\n".join(TOY_CLASSES) + "\n")
+    (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids[:train]) + "\n")
+    (root / "ImageSets/Segmentation/val.txt").write_text("\n".join(ids[train:]) + "\n")
+    return root

@@ -1,0 +1,190 @@
+"""The four stages that turn one network's features into dense pseudo labels, one short function each.
+
+    1. localization_maps    M_k = y_k relu(S_k) / max relu(S_k)               high-level features say roughly where
+    2. affinity_guided      M <- (M0 + lambda P M) / (1 + lambda)             intermediate features: alike means together
+    3. self_guided          q_i = mean(a)_i . I_i + mean(b)_i                 the image passes its structure on
+    4. pseudo_labels        class where M > hi, 0 where M < lo, 255 between   dense annotations
+
+Ke & Hsu (2018), abstract, sentences 5-8, name the stages and what each looks at; every formula, graph and number below is
+our choice, its source named beside it. Symbols: B images, K foreground classes, (h,w) a feature grid, (H,W) the image;
+i, j pixels of one grid; k a class. All functions are pure, batched, float32, differentiable, and run on any device.
+"""
+import torch
+import torch.nn.functional as F
+
+IGNORE = 255                                                       # VOC's "void" index: no loss, no score
+
+
+# ---- 1. high-level features -> class-specific localization maps --------------------------------------------------------
+
+
+def localization_maps(scores, labels):
+    """M_k = y_k relu(S_k) / max_ij relu(S_k): where the classes named by the tags roughly are.
+
+    scores (B,K,h,w) float32, the CAM scores S of any range; labels (B,K) in {0,1}. Returns (B,K,h,w) in [0,1], exactly 0
+    for absent classes and where nothing is positive. Source: abstract, sentence 5; class activation mapping, Zhou et al.
+    2016, with the usual relu and division by the maximum. Raises ValueError when the shapes do not fit.
+
+    >>> localization_maps(torch.tensor([[[[2., 4.], [-1., 1.]]]]), torch.ones(1, 1))
+    tensor([[[[0.5000, 1.0000],
+              [0.0000, 0.2500]]]])
+    """
+    if scores.shape[:2] != labels.shape:
+        raise ValueError(f"scores {tuple(scores.shape)} want labels {tuple(scores.shape[:2])}, got {tuple(labels.shape)}")
+    M = scores.relu() * labels[:, :, None, None]
+    return M / M.amax((2, 3), keepdim=True).clamp_min(1e-5)
+
+
+# ---- 2. intermediate features -> affinity guidance ---------------------------------------------------------------------
+
+
+def neighbours(h, w, dilations, device=None):
+    """The graph: each pixel of an (h,w) grid and the 8 around it at every dilation, N = 8 len(dilations) neighbours.
+
+    Returns index (h*w,N) int64 of the neighbour j of pixel i, and inside (h*w,N) bool, False where j would leave the grid.
+    The graph is symmetric: j is a neighbour of i exactly when i is one of j. Our choice, after PAMR (Araslanov & Roth 2020).
+    """
+    steps = [(dy * d, dx * d) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
+    dy, dx = torch.tensor(steps, device=device).T                  # (N,) each
+    y = torch.arange(h, device=device).repeat_interleave(w)[:, None] + dy   # (hw,N)
+    x = torch.arange(w, device=device).repeat(h)[:, None] + dx     # (hw,N)
+    inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)
+    return y.clamp(0, h - 1) * w + x.clamp(0, w - 1), inside
+
+
+def affinity(features, dilations=(1, 2, 4, 8), temperature=0.1):
+    """A_ij = exp(cos(f_i, f_j) / temperature) between neighbours, f the features less their mean over the image.
+
+    features (B,C,h,w). Returns A (B,h*w,N) > 0, zero where a neighbour leaves the grid; index (h*w,N). Taking the mean
+    away makes the cosine say "alike for this image". Our choice: the cosine as in SEAM (Wang et al. 2020), the local graph
+    as in PAMR (Araslanov & Roth 2020); temperature and dilations chosen on ../shared/voc's training masks, then frozen.
+    """
+    B, C, h, w = features.shape
+    index, inside = neighbours(h, w, dilations, features.device)   # (hw,N)
+    f = F.normalize((features - features.mean((2, 3), keepdim=True)).flatten(2), dim=1)   # (B,C,hw)
+    f = f.transpose(1, 2)                                          # (B,hw,C)
+    cos = torch.stack([(f * f[:, j]).sum(-1) for j in index.T], -1)   # (B,hw,N), one neighbour at a time: memory stays linear
+    return ((cos - 1) / temperature).exp() * inside, index         # the -1 cancels in P and keeps exp() in range
+
+
+def affinity_guided(maps, features, steps=20, strength=20.0, dilations=(1, 2, 4, 8), temperature=0.1):
+    """M <- (M0 + lambda P M) / (1 + lambda), P = D^-1 A: a lazy random walk that starts at M0 and settles where
+
+        E(M) = sum_i d_i (M_i - M0_i)^2 + lambda sum_ij A_ij (M_i - M_j)^2 / 2,     d_i = sum_j A_ij
+
+    is least: true to the localization map, alike where the intermediate features are alike. The minimiser solves
+    (D + lambda (D - A)) M = D M0; the walk is that system's Jacobi iteration, and every step lowers E.
+
+    maps (B,K,h,w) in [0,1] on the features' grid; features (B,C,h,w). Returns (B,K,h,w) in [0,1]. strength is lambda >= 0.
+    Source: abstract, sentence 6; the walk after AffinityNet (Ahn & Kwak 2018), whose affinities are learned by a second
+    network: here they are read off the one network's own features. Raises ValueError when the grids differ.
+
+    Worked example: two alike pixels, lambda = 1, M0 = (1, 0). One step gives (1 + 0, 0 + 1) / 2 = (0.5, 0.5); the next
+    (1 + 0.5, 0 + 0.5) / 2 = (0.75, 0.25); the walk settles at (2/3, 1/3).
+    """
+    if maps.shape[-2:] != features.shape[-2:]:
+        raise ValueError(f"maps {tuple(maps.shape)} and features {tuple(features.shape)} must share one grid")
+    A, index = affinity(features, dilations, temperature)          # (B,hw,N), (hw,N)
+    P = (A / A.sum(-1, keepdim=True).clamp_min(1e-12))[:, None]    # (B,1,hw,N); a 1x1 grid has no neighbour
+    M0 = M = maps.flatten(2)                                       # (B,K,hw)
+    for _ in range(steps):
+        M = (M0 + strength * (P * M[:, :, index]).sum(-1)) / (1 + strength)
+    return M.unflatten(2, maps.shape[-2:])                         # (B,K,h,w)
+
+
+def affinity_energy(maps, features, start=None, strength=1.0, dilations=(1, 2, 4, 8), temperature=0.1):
+    """E / pairs = [sum_i d_i (M_i - M0_i)^2 + lambda sum_ij A_ij (M_i - M_j)^2 / 2] / (number of neighbour pairs ij).
+
+    The energy that `affinity_guided` lowers, a scalar averaged over batch and classes. With start = None the first sum is
+    left out: a loss on unrefined maps that asks them to agree with the features. maps, start (B,K,h,w); features (B,C,h,w).
+    Gradients flow to all of them: detach what should not move.
+    """
+    A, index = affinity(features, dilations, temperature)          # (B,hw,N)
+    M = maps.flatten(2)                                            # (B,K,hw)
+    E = strength * (A[:, None] * (M[..., None] - M[:, :, index]) ** 2).sum((-1, -2)) / 2   # (B,K)
+    if start is not None:
+        E = E + (A.sum(-1)[:, None] * (M - start.flatten(2)) ** 2).sum(-1)
+    return (E / (A > 0).sum((1, 2)).clamp_min(1)[:, None]).mean()
+
+
+# ---- 3. the image itself -> self-guided refinement ---------------------------------------------------------------------
+
+
+def box_mean(x, radius):
+    """Mean over the (2r+1)^2 window around each pixel, cut at the border and divided by the pixels in it.
+
+    x (B,C,H,W) -> (B,C,H,W). Running sums: the cost is the same for every radius.
+    """
+    for dim in (2, 3):
+        n = x.shape[dim]
+        i = torch.arange(n, device=x.device)
+        lo, hi = (i - radius).clamp_min(0), (i + radius + 1).clamp_max(n)
+        total = F.pad(x.cumsum(dim), (0, 0, 1, 0) if dim == 2 else (1, 0))
+        count = (hi - lo).view(-1, 1) if dim == 2 else hi - lo
+        x = (total.index_select(dim, hi) - total.index_select(dim, lo)) / count
+    return x
+
+
+def guided_filter(p, I, radius, eps):
+    """In every window omega_k the result is an affine function of the colours, q_i = a_k . I_i + b_k, fitted to p:
+
+        a_k = (Sigma_k + eps U)^-1 (mean_k(I p) - mu_k mean_k(p)),    b_k = mean_k(p) - a_k . mu_k,
+        q_i = mean(a)_i . I_i + mean(b)_i                             means over the windows that hold i
+
+    p (B,K,H,W) float32, the maps; I (B,3,H,W) in [0,1], the guidance image; Sigma_k, mu_k the 3x3 covariance and mean of I
+    in omega_k; U the identity. Returns (B,K,H,W), not clamped. Small eps: the image speaks; large eps: a plain box mean.
+    Source: He, Sun & Tang, Guided Image Filtering, PAMI 2013, eqs. 14-16. Raises ValueError when the sizes differ.
+
+    A flat guidance image has Sigma = 0, hence a = 0 and q = mean of mean(p): nothing to transfer.
+    """
+    if p.shape[-2:] != I.shape[-2:] or radius < 0 or eps <= 0:
+        raise ValueError(f"want p {tuple(p.shape)} and I {tuple(I.shape)} of one size, radius >= 0 and eps > 0")
+    B, K, H, W = p.shape
+    mI, mp = I.mean((2, 3), keepdim=True), p.mean((2, 3), keepdim=True)
+    I, p = I - mI, p - mp                                          # the filter is affine: centring keeps float32 sums exact
+    pairs = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
+    moments = [I, p, *(I[:, [i]] * I[:, [j]] for i, j in pairs), *(I * p[:, [k]] for k in range(K))]
+    m = box_mean(torch.cat(moments, 1), radius)                    # (B,9+4K,H,W) in one pass
+    mu, pm, II, Ip = m.split([3, K, 6, 3 * K], 1)
+    s = [II[:, n] - mu[:, i] * mu[:, j] + (eps if i == j else 0) for n, (i, j) in enumerate(pairs)]   # Sigma + eps U
+    cov = Ip.unflatten(1, (K, 3)) - mu[:, None] * pm[:, :, None]   # (B,K,3,H,W)
+    inverse = [s[3] * s[5] - s[4] * s[4], s[2] * s[4] - s[1] * s[5], s[1] * s[4] - s[2] * s[3],
+               s[0] * s[5] - s[2] * s[2], s[1] * s[2] - s[0] * s[4], s[0] * s[3] - s[1] * s[1]]   # cofactors, symmetric
+    det = s[0] * inverse[0] + s[1] * inverse[1] + s[2] * inverse[2]
+    rows = [torch.stack([inverse[n] for n in r], 1) / det[:, None] for r in ((0, 1, 2), (1, 3, 4), (2, 4, 5))]   # (B,3,H,W)
+    a = torch.stack([(r[:, None] * cov).sum(2) for r in rows], 2)  # (B,K,3,H,W)
+    b = pm - (a * mu[:, None]).sum(2)                              # (B,K,H,W)
+    ab = box_mean(torch.cat([a.flatten(1, 2), b], 1), radius)      # (B,4K,H,W)
+    return (ab[:, :3 * K].unflatten(1, (K, 3)) * I[:, None]).sum(2) + ab[:, 3 * K:] + mp
+
+
+def self_guided(maps, image, radius=48, eps=1e-5):
+    """q = clamp(guided_filter(up(M), I), 0, 1): the training image itself guides its maps to full resolution.
+
+    maps (B,K,h,w) in [0,1]; image (B,3,H,W) in [0,1]. Returns (B,K,H,W) in [0,1]; a map that is zero everywhere stays zero.
+    Source: abstract, sentence 7. That the paper's refinement is this filter is our reading of its wording, not a fact;
+    wide windows and a small eps let the image speak (chosen on ../shared/voc's training masks, then frozen).
+    """
+    up = F.interpolate(maps, image.shape[-2:], mode="bilinear", align_corners=True)   # (B,K,H,W)
+    return guided_filter(up, image, radius, eps).clamp(0, 1)
+
+
+# ---- 4. maps -> pseudo labels ------------------------------------------------------------------------------------------
+
+
+def pseudo_labels(maps, labels, lo, hi):
+    """Class argmax_k M_k where max_k M_k > hi; background 0 where max_k M_k < lo; 255 (ignored by the loss) between.
+
+    maps (B,K,H,W) in [0,1]; labels (B,K) in {0,1}; 0 <= lo <= hi <= 1. Returns (B,H,W) uint8 with 0 background, k+1 class
+    k, 255 ignore. Classes absent from the tags can never appear. Source: abstract, sentence 8; the ignored band as in
+    AffinityNet/IRN (Ahn & Kwak 2018; Ahn et al. 2019). Raises ValueError when the thresholds are out of order.
+
+    >>> pseudo_labels(torch.tensor([[[[.9, .4, .1]], [[.2, .8, .3]]]]), torch.tensor([[1, 0]]), 0.25, 0.5)
+    tensor([[[  1, 255,   0]]], dtype=torch.uint8)
+    """
+    if not 0 <= lo <= hi <= 1:
+        raise ValueError(f"want 0 <= lo <= hi <= 1, got lo {lo} and hi {hi}")
+    best, k = (maps * labels[:, :, None, None]).max(1)             # (B,H,W)
+    out = torch.full_like(k, IGNORE)
+    out[best < lo] = 0
+    return torch.where((best > hi) & (best > 0), k + 1, out).to(torch.uint8)

