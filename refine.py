@@ -18,12 +18,13 @@ IGNORE = 255                                                       # VOC's "void
 # ---- 1. high-level features -> class-specific localization maps --------------------------------------------------------
 
 
-def localization_maps(scores, labels):
-    """M_k = y_k relu(S_k) / max_ij relu(S_k): where the classes named by the tags roughly are.
+def localization_maps(scores, labels, least=1e-5):
+    """M_k = y_k relu(S_k) / max(max_ij relu(S_k), least): where the classes named by the tags roughly are.
 
-    scores (B,K,h,w) float32, the CAM scores S of any range; labels (B,K) in {0,1}. Returns (B,K,h,w) in [0,1], exactly 0
-    for absent classes and where nothing is positive. Source: abstract, sentence 5; class activation mapping, Zhou et al.
-    2016, with the usual relu and division by the maximum. Raises ValueError when the shapes do not fit.
+    scores (B,K,h,w) float32 of any range, the CAM scores S; labels (B,K) in {0,1}. Returns (B,K,h,w) in [0,1], exactly 0 for
+    absent classes and where nothing is positive. least > 0 bounds the stretching: a map whose maximum is below it stays
+    below 1. Source: abstract, sentence 5; class activation mapping, Zhou et al. 2016, with the usual relu and division by
+    the maximum. Raises ValueError when the shapes do not fit.
 
     >>> localization_maps(torch.tensor([[[[2., 4.], [-1., 1.]]]]), torch.ones(1, 1))
     tensor([[[[0.5000, 1.0000],
@@ -32,7 +33,7 @@ def localization_maps(scores, labels):
     if scores.shape[:2] != labels.shape:
         raise ValueError(f"scores {tuple(scores.shape)} want labels {tuple(scores.shape[:2])}, got {tuple(labels.shape)}")
     M = scores.relu() * labels[:, :, None, None]
-    return M / M.amax((2, 3), keepdim=True).clamp_min(1e-5)
+    return M / M.amax((2, 3), keepdim=True).clamp_min(least)
 
 
 # ---- 2. intermediate features -> affinity guidance ---------------------------------------------------------------------
@@ -52,7 +53,7 @@ def neighbours(h, w, dilations, device=None):
     return y.clamp(0, h - 1) * w + x.clamp(0, w - 1), inside
 
 
-def affinity(features, dilations=(1, 2, 4, 8), temperature=0.1):
+def affinity(features, dilations=(1, 2, 4, 8), temperature=0.08):
     """A_ij = exp(cos(f_i, f_j) / temperature) between neighbours, f the features less their mean over the image.
 
     features (B,C,h,w). Returns A (B,h*w,N) > 0, zero where a neighbour leaves the grid; index (h*w,N). Taking the mean
@@ -67,7 +68,7 @@ def affinity(features, dilations=(1, 2, 4, 8), temperature=0.1):
     return ((cos - 1) / temperature).exp() * inside, index         # the -1 cancels in P and keeps exp() in range
 
 
-def affinity_guided(maps, features, steps=20, strength=20.0, dilations=(1, 2, 4, 8), temperature=0.1):
+def affinity_guided(maps, features, steps=40, strength=100.0, dilations=(1, 2, 4, 8), temperature=0.08):
     """M <- (M0 + lambda P M) / (1 + lambda), P = D^-1 A: a lazy random walk that starts at M0 and settles where
 
         E(M) = sum_i d_i (M_i - M0_i)^2 + lambda sum_ij A_ij (M_i - M_j)^2 / 2,     d_i = sum_j A_ij
@@ -92,7 +93,7 @@ def affinity_guided(maps, features, steps=20, strength=20.0, dilations=(1, 2, 4,
     return M.unflatten(2, maps.shape[-2:])                         # (B,K,h,w)
 
 
-def affinity_energy(maps, features, start=None, strength=1.0, dilations=(1, 2, 4, 8), temperature=0.1):
+def affinity_energy(maps, features, start=None, strength=1.0, dilations=(1, 2, 4, 8), temperature=0.08):
     """E / pairs = [sum_i d_i (M_i - M0_i)^2 + lambda sum_ij A_ij (M_i - M_j)^2 / 2] / (number of neighbour pairs ij).
 
     The energy that `affinity_guided` lowers, a scalar averaged over batch and classes. With start = None the first sum is

@@ -53,9 +53,6 @@ class Tiny(nn.Module):
         self.mid = nn.Sequential(conv_bn(32, 48, stride=2), conv_bn(48, 48))
         self.high = nn.Sequential(conv_bn(48, 96, stride=2), conv_bn(96, 96))
 
-    def low_level(self):
-        return [self.low]
-
     def forward(self, x):
         low = self.low(x)                                          # (B,32,H/4,W/4)
         mid = self.mid(low)                                        # (B,48,H/8,W/8)
@@ -83,8 +80,8 @@ class VGG16(nn.Module):
             layers += [nn.MaxPool2d(2, ceil_mode=True)] if stage < 4 else []
         self.features = nn.Sequential(*layers)
 
-    def low_level(self):
-        """The modules up to F_low, which fine-tuning leaves alone."""
+    def frozen_modules(self):
+        """What fine-tuning from ImageNet leaves alone, everything up to F_low (our choice; DeepLab's up to conv2)."""
         return [self.features[:16]]
 
     def forward(self, x):
@@ -147,9 +144,9 @@ class Lite0(nn.Module):
         self.conv_head = nn.Conv2d(c, 1280, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(1280, eps=1e-3, momentum=0.01)
 
-    def low_level(self):
-        """The modules up to F_low, which fine-tuning leaves alone."""
-        return [self.conv_stem, self.bn0, *self.blocks[:3]]
+    def frozen_modules(self):
+        """What fine-tuning from ImageNet leaves alone, everything up to F_mid: the affinity's graph stays the same (our choice)."""
+        return [self.conv_stem, self.bn0, *self.blocks[:4]]
 
     def forward(self, x):
         h = F.relu6(self.bn0(self.conv_stem(x)))                   # (B,32,H/2,W/2)

@@ -46,25 +46,27 @@ class Config:
     out: str = option("", "run folder; without it runs/voc or runs/toy")
     backbone: str = option("lite0", f"one of {', '.join(BACKBONES)}", toy="tiny")
     weights: str = option("auto", "ImageNet weights: auto (lite0: pip package, vgg16: PyTorch's URL), none, or a file", toy="none")
-    warmup: int = option(4, "epochs on tags alone before the first round (our choice; 1-stage-wseg: 5)", toy=8)
+    warmup: int = option(4, "epochs on tags alone before the first round (our choice; 1-stage-wseg: 5)", toy=20)
     rounds: int = option(3, "rounds of refine + update; 0 stops after the warm-up (our choice)", toy=2)
-    epochs: int = option(3, "epochs of each update (our choice)", toy=10)
+    epochs: int = option(4, "epochs of each update (our choice)", toy=15)
     batch: int = option(16, "images a step (our choice)")
     crop: int = option(257, "side of a training crop, 16n+1 (our choice: what two cores bear)", toy=97)
     size: int = option(500, "long side at refining and testing; training scales it (VOC's own long side)", toy=97)
     scale_min: float = option(0.5, "least random scale of --size in training (our choice)", toy=0.75)
     scale_max: float = option(1.0, "largest random scale of --size in training (our choice)", toy=1.25)
-    lr: float = option(0.01, "SGD learning rate, x10 for the two heads, polynomial decay 0.9 in every phase (DeepLab's)", toy=0.02)
+    lr: float = option(0.01, "SGD learning rate, x10 for the two heads, polynomial decay 0.9 in every phase (DeepLab's)", toy=0.1)
     weight_decay: float = option(1e-4, "SGD weight decay (our choice)")
     affinity: bool = option(True, "stage 2, affinity guidance")
     self_guided: bool = option(True, "stage 3, self-guided refinement")
     steps: int = option(40, "steps of the affinity walk (our choice, on our VOC train subset, then frozen)")
-    strength: float = option(100.0, "lambda of the affinity energy (our choice, as steps)")
+    strength: float = option(100.0, "lambda of the affinity energy (our choice, as steps)", toy=5.0)
     temperature: float = option(0.08, "of the affinity exp(cos / temperature) (our choice, as steps)")
     radius: int = option(48, "window radius of the guided filter, pixels (our choice, as steps)", toy=12)
     eps: float = option(1e-5, "eps of the guided filter (our choice, as steps)", toy=1e-3)
-    lo: float = option(0.35, "background where every map stays below (our choice, as steps; ToCo: 0.25)")
-    hi: float = option(0.55, "a class where its map passes (our choice, as steps; ToCo: 0.7)")
+    soften: float = option(2.0, "divides the segmentation logits when rounds after the first refine them (our choice, as steps)")
+    least: float = option(0.5, "softened probabilities are stretched to a maximum of 1, at most by 1/least (our choice, as steps)")
+    lo: float = option(0.30, "background where every map stays below (our choice, as steps; ToCo: 0.25)", toy=0.55)
+    hi: float = option(0.45, "a class where its map passes (our choice, as steps; ToCo: 0.7)", toy=0.75)
     difficult: bool = option(True, "count objects marked <difficult> as tags (as the field's train_aug tags do)")
     supervised: bool = option(False, "train on the true masks: the upper bound, for measuring only")
     seed: int = option(0, "of weights, order and augmentation")
@@ -79,6 +81,7 @@ def check(cfg):
         if not ok:
             raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: out of range; expected {expected}; change it")
     need(cfg.backbone in BACKBONES, "backbone", f"one of {', '.join(BACKBONES)}")
+    need(cfg.backbone != "tiny" or cfg.weights == "none", "weights", "none with tiny, which has no ImageNet weights")
     need(cfg.lo <= cfg.hi, "lo", f"at most --hi {cfg.hi}")
     for name in ("lo", "hi"):
         need(0 <= getattr(cfg, name) <= 1, name, "0 to 1")
@@ -86,7 +89,7 @@ def check(cfg):
         need(0 <= getattr(cfg, name) < float("inf"), name, "0 or more")
     for name in ("warmup", "epochs", "batch"):
         need(getattr(cfg, name) >= 1, name, "1 or more")
-    for name in ("lr", "temperature", "eps", "scale_min"):
+    for name in ("lr", "temperature", "eps", "scale_min", "soften", "least"):
         need(0 < getattr(cfg, name) < float("inf"), name, "more than 0")
     for name in ("crop", "size"):
         need(getattr(cfg, name) >= 17, name, "17 or more")
@@ -153,18 +156,20 @@ def imagenet_weights(backbone, source):
 
 
 def build(cfg, num_classes):
-    """The seeded network on its device, with ImageNet weights where asked for."""
+    """The seeded network on its device, weights still random."""
     torch.manual_seed(cfg.seed)
-    net = SGSeg(num_classes, cfg.backbone)
-    if cfg.weights == "none" or cfg.backbone == "tiny":
-        print(f"{cfg.backbone}: trained from scratch")
-    else:
-        try:
-            net.backbone.load_imagenet(imagenet_weights(cfg.backbone, cfg.weights))
-        except (RuntimeError, AttributeError) as e:
-            raise InputError(f"{cfg.weights}: not weights of {cfg.backbone} ({str(e).splitlines()[0][:80]}); "
-                             "expected its ImageNet state dict; give another --weights")
-    return net.to(cfg.device, memory_format=torch.channels_last)
+    return SGSeg(num_classes, cfg.backbone).to(cfg.device, memory_format=torch.channels_last)
+
+
+def load_imagenet(net, cfg):
+    """Put ImageNet weights into net's backbone, or say that it trains from scratch. Raises InputError."""
+    if cfg.weights == "none":
+        return print(f"{cfg.backbone}: trained from scratch")
+    try:
+        net.backbone.load_imagenet(imagenet_weights(cfg.backbone, cfg.weights))
+    except (RuntimeError, AttributeError) as e:
+        raise InputError(f"{cfg.weights}: not ImageNet weights of {cfg.backbone} ({str(e).splitlines()[0][:80]}); "
+                         "expected its released state dict; give another --weights, or none")
 
 
 # ---- a run: network, optimizer and position, saved and restored together -----------------------------------------------
@@ -196,8 +201,7 @@ class Run:
             print(f"warning: no validation: {e}", file=sys.stderr)
         self.net = build(cfg, len(self.voc.classes))
         pretrained = cfg.weights != "none"
-        self.frozen = self.net.backbone.low_level() if pretrained else []
-        for module in self.frozen:
+        for module in self.net.backbone.frozen_modules() if pretrained else ():
             module.requires_grad_(False)
         backbone = [p for p in self.net.backbone.parameters() if p.requires_grad]
         heads = [*self.net.cam.parameters(), *self.net.seg.parameters()]
@@ -205,9 +209,11 @@ class Run:
                                    cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay)
         self.at = {"round": 0, "phase": "update", "epoch": 0, "step": 0, "sums": [0.0, 0.0]}
         self.metrics, self.saved = [], time.time()
-        if resume:
+        if resume and (self.folder / "checkpoint.pt").exists():
             self.restore()
-        else:
+        else:                                                      # new, or stopped before the first save
+            load_imagenet(self.net, cfg)
+        if not resume:
             versions = {m.__name__: m.__version__ for m in (torch, np)} | {"python": platform.python_version()}
             write(self.folder / "config.json", json.dumps({"config": asdict(cfg), "command": list(argv), "versions": versions,
                                                            "threads": torch.get_num_threads()}, indent=1))
@@ -222,8 +228,6 @@ class Run:
         self.saved = time.time()
 
     def restore(self):
-        if not (self.folder / "checkpoint.pt").exists():
-            return                                                 # stopped before the first save: begin at the beginning
         state = load_run(self.folder)
         fill(self.net, state, self.cfg, self.voc.classes, self.folder / "checkpoint.pt")
         self.opt.load_state_dict(state["optimizer"])
@@ -279,20 +283,22 @@ def network_outputs(net, image, cfg):
 def stages(net, image, y, cfg, use_seg):
     """The maps of one PIL image after each stage, only for its P tagged classes: a dict of (1,P,.,.) tensors in [0,1].
 
-    cam and affinity on the stride-8 grid, self_guided at full resolution. With use_seg the segmentation head's own
-    probabilities over the tags and background, walked alike, are averaged in: a pixel passes where both agree or one is sure.
+    cam on the stride-8 grid, affinity the same, self_guided at full resolution. The first map is CAM's, or with use_seg the
+    segmentation head's own answer given the tags: softmax(Z / soften) over background and tagged classes. Softened because the
+    head is over-sure of what it learnt; stretched by at most 1/least, so that a small class cannot vanish from round to round
+    and a wrong one cannot fill the picture (our choice, measured in the README).
     """
     S, Z, mid = network_outputs(net, image, cfg)
     k = y.nonzero()[:, 0].to(S.device)                             # (P,) the tagged classes
-    tags = torch.ones(1, len(k), device=S.device)
-    M = refine.localization_maps(S[:, k], tags)                    # (1,P,h/8,w/8)
-    p = Z[:, torch.cat([k.new_zeros(1), k + 1])].softmax(1)[:, 1:]   # (1,P,h/8,w/8)
-    out = {"cam": (M + p) / 2 if use_seg else M}
+    tags, least = torch.ones(1, len(k), device=S.device), cfg.least if use_seg else 1e-5
+    if use_seg:
+        M = (Z[:, torch.cat([k.new_zeros(1), k + 1])] / cfg.soften).softmax(1)[:, 1:]   # (1,P,h/8,w/8)
+    else:
+        M = refine.localization_maps(S[:, k], tags)                # (1,P,h/8,w/8)
+    out = {"cam": M}
     if cfg.affinity:
-        M, p = refine.affinity_guided(torch.cat([M, p], 1), mid, cfg.steps, cfg.strength, temperature=cfg.temperature).chunk(2, 1)
-        M = refine.localization_maps(M, tags)                      # the walk lowers peaks: back to a maximum of 1
-    M = (M + p) / 2 if use_seg else M
-    out["affinity"] = M
+        M = refine.affinity_guided(M, mid, cfg.steps, cfg.strength, temperature=cfg.temperature)
+    M = out["affinity"] = refine.localization_maps(M, tags, least)   # the walk lowers peaks: stretch them again
     I = to_tensor(image)[None].to(S.device)                        # (1,3,H,W)
     if cfg.self_guided:
         M = refine.self_guided(M, I, cfg.radius, cfg.eps)
@@ -570,21 +576,30 @@ def fill(net, state, cfg, classes, path):
         raise InputError(f"{path}: weights do not fit ({str(e).splitlines()[0][:80]}); expected this version's network; train again")
 
 
+def restore_network(folder, device="cpu"):
+    """(cfg, net in eval mode, class names) of a run's checkpoint, without its data set. Raises InputError."""
+    state = load_run(folder)
+    try:
+        cfg = Config(**{**state["config"], "out": str(folder), "device": device})
+    except TypeError as e:
+        raise InputError(f"{folder}/checkpoint.pt: another version's config ({e}); expected this version's; train again")
+    check(cfg)
+    net = build(cfg, len(state["classes"]))
+    fill(net, state, cfg, state["classes"], f"{folder}/checkpoint.pt")
+    return cfg, net.eval(), list(state["classes"])
+
+
 def segment_photos(cfg, photos):
     """NAME.png (palette indices) and NAME_overlay.jpg in RUN/segmented for each photo, from the run's checkpoint."""
     folder = Path(cfg.out)
-    state = load_run(folder)
-    cfg = Config(**{**state["config"], "out": cfg.out, "device": cfg.device, "weights": "none"})
-    net = build(cfg, len(state["classes"]))
-    fill(net, state, cfg, state["classes"], folder / "checkpoint.pt")
-    net.eval()
+    cfg, net, classes = restore_network(folder, cfg.device)
     for photo in photos:
         image = read_image(photo)
         label = segment(net, image, cfg)
         at = folder / "segmented" / Path(photo).stem
         write(f"{at}.png", palette_image(label))
         write(f"{at}_overlay.png", overlay(image, label))
-        shares = {state["classes"][k - 1]: f"{(label == k).mean():.0%}" for k in np.unique(label) if k}
+        shares = {classes[k - 1]: f"{(label == k).mean():.0%}" for k in np.unique(label) if k}
         print(f"{photo} -> {at}.png, {at}_overlay.png: " + (", ".join(f"{k} {v}" for k, v in shares.items()) or "background only"))
 
 
@@ -636,6 +651,7 @@ def stored_config(folder):
 
 
 def run_command(argv):
+    """Do what the command line asks: train, resume, score, or segment photos."""
     given, mode = parse(argv)
     folder = mode["eval"] or given.get("out") or ("runs/voc" if given.get("voc") or mode["segment"] else "runs/toy")
     if mode["segment"]:
@@ -647,6 +663,7 @@ def run_command(argv):
         cfg = configure(given)
     run = Run(cfg, resume=bool(mode["eval"] or mode["resume"]), argv=argv)
     if mode["eval"]:
+        load_run(run.folder)                                       # a run without a checkpoint has nothing to score
         return evaluate(run)
 
     def ask_to_stop(signum, _):

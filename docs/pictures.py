@@ -1,0 +1,31 @@
+"""The README's pictures: python docs/pictures.py RUN PHOTO=TAG[,TAG] ... OUT.png
+
+One row a tagged class: photo | localization map | + affinity | + self-guided | pseudo label | prediction, through the
+checkpoint in RUN. The README's photos are chelsea.png (CC0) and astronaut.png (public domain) of the scikit-image wheel:
+pip download --no-deps scikit-image && unzip -j scikit_image-*.whl skimage/data/chelsea.png skimage/data/astronaut.png
+"""
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import train
+from data import read_image
+
+if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
+    folder, *photos, out = sys.argv[1:]
+    cfg, net, classes = train.restore_network(folder)
+    sheets = []
+    for argument in photos:
+        photo, tags = argument.split("=")
+        y = torch.tensor([float(name in tags.split(",")) for name in classes])
+        sheets.append(train.panel(net, read_image(photo), y, classes, cfg, use_seg=cfg.rounds > 1))
+    sheet = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+    for n, s in enumerate(sheets):
+        sheet.paste(s, (0, sum(t.height for t in sheets[:n])))
+    sheet.save(out, optimize=True)
+    print("written", out)

@@ -1,0 +1,155 @@
+"""The README's refinement tables: python docs/refinement.py RUN VOC [images]
+
+Same localization maps of a trained run, each method at its own best threshold (peak, an oracle that favours none) and at the
+run's fixed one; trimap IoU within 5 pixels of a mask's boundaries; milliseconds an image. Dense CRF (pydensecrf2) and OpenCV's
+guided filter are measured where installed. Training masks are used for measuring only.
+"""
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import refine
+import train
+from data import IGNORE, VOC, MapScores, confusion, summary, to_tensor
+
+try:
+    import pydensecrf.densecrf as dcrf
+    from pydensecrf.utils import unary_from_labels
+except ImportError:
+    dcrf = None
+    print("dense CRF skipped: pip install pydensecrf2 to measure it")
+try:
+    from cv2 import ximgproc
+except ImportError:
+    ximgproc = None
+    print("OpenCV's guided filter skipped: pip install opencv-contrib-python-headless to measure it")
+
+
+def pamr(maps, I, steps=10, dilations=(1, 2, 4, 8, 12, 24)):
+    """Pixel-adaptive refinement (Araslanov & Roth 2020): M <- sum_j softmax_j(-|I_i - I_j| / (0.1 sigma_i)) M_j."""
+    def around(x):                                                 # (B,C,H,W) -> (B,C,8 len(dilations),H,W)
+        B, C, H, W = x.shape
+        patches = [F.unfold(F.pad(x, (d,) * 4, mode="replicate"), 3, dilation=d).view(B, C, 9, H, W) for d in dilations]
+        return torch.cat([torch.cat([p[:, :, :4], p[:, :, 5:]], 2) for p in patches], 2)
+    n = around(I)
+    w = (-(n - I[:, :, None]).abs() / (1e-8 + 0.1 * n.std(2, keepdim=True))).mean(1, keepdim=True).softmax(2)
+    for _ in range(steps):
+        maps = (around(maps) * w).sum(2)
+    return maps
+
+
+def dense_crf(image, labels):
+    """IRN's settings on a map of labels 0..n-1: gaussian sxy 3 w 3, bilateral sxy 50 srgb 5 w 10, 10 steps, gt_prob 0.7."""
+    names, compact = np.unique(labels, return_inverse=True)
+    if len(names) == 1:
+        return labels
+    crf = dcrf.DenseCRF2D(labels.shape[1], labels.shape[0], len(names))
+    crf.setUnaryEnergy(unary_from_labels(compact.reshape(labels.shape), len(names), gt_prob=0.7, zero_unsure=False))
+    crf.addPairwiseGaussian(sxy=3, compat=3)
+    crf.addPairwiseBilateral(sxy=50, srgb=5, rgbim=np.ascontiguousarray(image), compat=10)
+    return names[np.argmax(np.array(crf.inference(10)), 0)].reshape(labels.shape)
+
+
+def trimap(target, width=5):
+    """target with everything further than `width` pixels from a boundary between two labels set to 255."""
+    solid = Image.fromarray(target)
+    edge = np.asarray(solid.filter(ImageFilter.MaxFilter(3))) != np.asarray(solid.filter(ImageFilter.MinFilter(3)))
+    near = np.asarray(Image.fromarray((edge * 255).astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * width + 1))) > 0
+    return np.where(near, target, IGNORE)
+
+
+def quality(run, count):
+    cfg, voc, K = run.cfg, run.voc, len(run.voc.classes)
+    names = ["raw", "affinity", "affinity + self-guided", "affinity + PAMR", "raw + PAMR"]
+    scores, bands, ms = ({n: f() for n in names} for f in (lambda: MapScores(K), lambda: MapScores(K), list))
+    crf_grid = [t / 100 for t in range(15, 55, 5)] if dcrf else []
+    crf, crf_band, crf_ms = ({t: 0 for t in crf_grid}, {t: 0 for t in crf_grid}, [])
+    images = np.random.default_rng(0).permutation([i for i in range(len(voc)) if voc.mask_path(i)])[:count]
+    line = train.Progress("refinement")
+    for n, i in enumerate(images):
+        image, y = voc.image(i), voc.labels[i]
+        I, k, target = to_tensor(image)[None], y.nonzero()[:, 0], voc.mask(i, image.size)
+        band = trimap(target)
+        full = lambda M: F.interpolate(M, target.shape, mode="bilinear", align_corners=True)
+
+        def timed(name, f, *args):
+            start = time.perf_counter()
+            M = f(*args)
+            ms[name].append(1000 * (time.perf_counter() - start))
+            return M
+        S, _, mid = train.network_outputs(run.net, image, cfg)
+        raw = refine.localization_maps(S[:, k], torch.ones(1, len(k)))
+        walk = timed("affinity", lambda: refine.localization_maps(refine.affinity_guided(
+            raw, mid, cfg.steps, cfg.strength, temperature=cfg.temperature), torch.ones(1, len(k))))
+        maps = {"raw": full(raw), "affinity": full(walk),
+                "affinity + self-guided": timed("affinity + self-guided", refine.self_guided, walk, I, cfg.radius, cfg.eps),
+                "affinity + PAMR": timed("affinity + PAMR", lambda: pamr(full(walk), I)),
+                "raw + PAMR": timed("raw + PAMR", lambda: pamr(full(raw), I))}
+        for name, M in maps.items():
+            scores[name].add(target, M[0].clamp(0, 1), k.numpy())
+            bands[name].add(band, M[0].clamp(0, 1), k.numpy())
+        best, c = maps["raw"][0].max(0)
+        for t in crf_grid:
+            start = time.perf_counter()
+            label = dense_crf(np.asarray(image), np.where(best.numpy() >= t, k.numpy()[c.numpy()] + 1, 0))
+            crf_ms.append(1000 * (time.perf_counter() - start))
+            crf[t], crf_band[t] = crf[t] + confusion(target, label, K), crf_band[t] + confusion(band, label, K)
+        line(n + 1, len(images))
+    ms["affinity + self-guided"] = [a + b for a, b in zip(ms["affinity"], ms["affinity + self-guided"])]
+    print(f"\n{len(images)} training images; in %; peak: best of a 0.05 grid by core\n")
+    print("| maps of one network | peak core-7 (t) | peak mIoU | core-7 at the fixed threshold | trimap core-7 | ms |\n|---|---|---|---|---|---|")
+
+    def row(name, at, band_at, grid, fixed, times):
+        t = max(grid, key=lambda t: summary(at(t), voc.classes)["core"])
+        tb = max(grid, key=lambda t: summary(band_at(t), voc.classes)["core"])
+        s, b = summary(at(t), voc.classes), summary(band_at(tb), voc.classes)
+        f = f"{100 * summary(at(fixed), voc.classes)['core']:.1f}" if fixed else "-"
+        print(f"| {name} | {100 * s['core']:.1f} ({t:.2f}) | {100 * s['miou']:.1f} | {f} | {100 * b['core']:.1f} | "
+              f"{np.mean(times) if times else 0:.0f} |")
+    for name in names:
+        row(name, scores[name].confusion, bands[name].confusion, [t / 100 for t in range(5, 100, 5)], (cfg.lo + cfg.hi) / 2, ms[name])
+    if crf_grid:
+        row("raw + dense CRF", crf.get, crf_band.get, crf_grid, None, crf_ms)
+
+
+def speed():
+    def best(f, n=7):
+        times = []
+        for _ in range(n):
+            start = time.perf_counter()
+            f()
+            times.append(1000 * (time.perf_counter() - start))
+        return min(times)
+    torch.manual_seed(0)
+    noise = F.interpolate(torch.rand(1, 3, 24, 32), (375, 500), mode="bicubic", align_corners=False).clamp(0, 1)
+    I, p = (noise + 0.05 * torch.rand(1, 3, 375, 500)).clamp(0, 1), torch.rand(1, 1, 375, 500)
+    print("\n| guided filter, one 500x375 map | r = 4 | 8 | 16 | 32 | 48 | 64 |\n|---|---|---|---|---|---|---|")
+    radii = (4, 8, 16, 32, 48, 64)
+    print("| sgseg, ms | " + " | ".join(f"{best(lambda: refine.guided_filter(p, I, r, 1e-5)):.0f}" for r in radii) + " |")
+    if ximgproc:
+        guide, source = np.ascontiguousarray(I[0].permute(1, 2, 0).numpy()), p[0, 0].numpy()
+        print("| OpenCV, ms | " + " | ".join(f"{best(lambda: ximgproc.guidedFilter(guide, source, r, 1e-5)):.0f}" for r in radii) + " |")
+        differ = []
+        for r in radii:
+            a, b = refine.guided_filter(p, I, r, 1e-3)[0, 0].numpy(), ximgproc.guidedFilter(guide, source, r, 1e-3)
+            inner = np.s_[2 * r:-2 * r, 2 * r:-2 * r]
+            differ.append(f"{abs(a[inner] - b[inner]).max():.0e}")
+        print("| largest difference away from borders, eps 1e-3 | " + " | ".join(differ) + " |")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    torch.set_grad_enabled(False)
+    config = train.stored_config(sys.argv[1]) | {"out": sys.argv[1], "voc": sys.argv[2]}
+    cfg = train.configure({}, config)
+    run = train.Run(cfg, resume=True)
+    run.net.eval()
+    quality(run, int(sys.argv[3]) if len(sys.argv) > 3 else 60)
+    speed()

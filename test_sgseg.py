@@ -1,0 +1,728 @@
+"""Tests on a toy devkit made in a temporary folder: every function against an oracle, the trainer end to end, and rubbish in.
+
+pytest test_sgseg.py                             everything but the long fuzzing, under two minutes on two cores
+SGSEG_SLOW=1 pytest -s -k ten_thousand test_sgseg.py   ten thousand mutated files through the loader
+"""
+import ast
+import doctest
+import errno
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import refine
+import train
+from data import VOC, Crops, InputError, MapScores, confusion, iou, make_toy, read_image, read_list, read_mask, read_tags
+from sgseg import BACKBONES, SGSeg, Lite0
+
+HERE = Path(__file__).parent
+torch.set_num_threads(2)
+
+
+# ---- refine.py against oracles -----------------------------------------------------------------------------------------
+
+
+def test_docstring_examples():
+    result = doctest.testmod(refine, extraglobs={"torch": torch})
+    assert result.attempted >= 4 and result.failed == 0
+
+
+def test_localization_maps_by_hand():
+    S = torch.tensor([[[[2.0, 4.0], [-1.0, 1.0]], [[9.0, 9.0], [9.0, 9.0]], [[-1.0, -2.0], [-3.0, -4.0]]]])
+    M = refine.localization_maps(S, torch.tensor([[1.0, 0.0, 1.0]]))
+    assert torch.equal(M[0, 0], torch.tensor([[0.5, 1.0], [0.0, 0.25]]))
+    assert not M[0, 1].any() and not M[0, 2].any()                 # absent class; nothing positive
+    with pytest.raises(ValueError):
+        refine.localization_maps(S, torch.ones(1, 2))
+
+
+def dense(features, **kw):
+    """A (N,N) written out from the definition: no index tricks."""
+    A, index = refine.affinity(features, **kw)
+    full = torch.zeros(A.shape[1], A.shape[1], dtype=torch.float64)
+    for i in range(A.shape[1]):
+        for n in range(A.shape[2]):
+            full[i, index[i, n]] += A[0, i, n].double()
+    return full
+
+
+def test_affinity_from_its_definition():
+    torch.manual_seed(0)
+    f = torch.randn(1, 5, 4, 3)
+    A = dense(f, dilations=(1, 2), temperature=0.5)
+    g = (f - f.mean((2, 3), keepdim=True))[0]
+    for i in range(12):
+        for j in range(12):
+            dy, dx = j // 3 - i // 3, j % 3 - i % 3
+            linked = any((dy, dx) == (d * a, d * b) for d in (1, 2) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b)
+            u, v = g[:, i // 3, i % 3], g[:, j // 3, j % 3]
+            want = np.exp((float(u @ v / (u.norm() * v.norm())) - 1) / 0.5) if linked else 0
+            assert A[i, j] == pytest.approx(want, abs=1e-6)
+
+
+def test_walk_settles_at_the_dense_solution_and_every_step_lowers_the_energy():
+    torch.manual_seed(0)
+    f, M0 = torch.randn(1, 6, 5, 7), torch.rand(1, 2, 5, 7)
+    A = dense(f, temperature=0.5)
+    D, lam = A.sum(1).diag(), 3.0
+    solution = torch.linalg.solve(D + lam * (D - A), D @ M0[0].flatten(1).T.double()).T.view(1, 2, 5, 7)
+    walked = refine.affinity_guided(M0, f, 200, lam, temperature=0.5)
+    assert torch.allclose(walked.double(), solution, atol=1e-5)
+    energy = [float(refine.affinity_energy(refine.affinity_guided(M0, f, n, lam, temperature=0.5), f, M0, lam, temperature=0.5))
+              for n in range(6)]
+    assert all(b < a for a, b in zip(energy, energy[1:]))
+    pairs, M = (A > 0).sum(), M0[0].flatten(1).double()
+    by_hand = sum(lam * A[i, j] * (M[:, i] - M[:, j]) ** 2 / 2 for i in range(35) for j in range(35)) / pairs
+    assert float(refine.affinity_energy(M0, f, None, lam, temperature=0.5)) == pytest.approx(float(by_hand.mean()), rel=1e-4)
+
+
+def test_walk_worked_example_and_limits():
+    M0 = torch.tensor([[[[1.0, 0.0]]]])
+    alike = torch.zeros(1, 3, 1, 2)                                # two alike pixels, as in the docstring
+    for steps, want in ((1, (0.5, 0.5)), (2, (0.75, 0.25)), (99, (2 / 3, 1 / 3))):
+        assert refine.affinity_guided(M0, alike, steps, 1.0).flatten().tolist() == pytest.approx(want, abs=1e-5)
+    M, f = torch.rand(2, 3, 6, 5), torch.randn(2, 4, 6, 5)
+    assert torch.equal(refine.affinity_guided(M, f, 5, 0.0), M)    # lambda 0: the start
+    assert refine.affinity_guided(torch.ones(1, 1, 1, 1), torch.ones(1, 3, 1, 1)).isfinite().all()
+    out = refine.affinity_guided(M, f)
+    assert out.min() >= 0 and out.max() <= 1
+    with pytest.raises(ValueError):
+        refine.affinity_guided(M, f[..., :4])
+
+
+def naive_guided_filter(p, I, r, eps):
+    H, W = p.shape
+    a, b = np.zeros((H, W, 3)), np.zeros((H, W))
+    window = lambda y, x: (slice(max(0, y - r), y + r + 1), slice(max(0, x - r), x + r + 1))
+    for y in range(H):
+        for x in range(W):
+            colours, values = I[window(y, x)].reshape(-1, 3), p[window(y, x)].ravel()
+            mu = colours.mean(0)
+            sigma = (colours - mu).T @ (colours - mu) / len(colours)
+            a[y, x] = np.linalg.solve(sigma + eps * np.eye(3), (colours * values[:, None]).mean(0) - mu * values.mean())
+            b[y, x] = values.mean() - a[y, x] @ mu
+    return np.array([[a[window(y, x)].reshape(-1, 3).mean(0) @ I[y, x] + b[window(y, x)].mean() for x in range(W)] for y in range(H)])
+
+
+@pytest.mark.parametrize("radius, eps", [(1, 1e-2), (3, 1e-3), (20, 1e-1)])
+def test_guided_filter_equals_the_window_by_window_definition(radius, eps):
+    rng = np.random.default_rng(0)
+    p, I = rng.random((2, 11, 9)), rng.random((11, 9, 3))
+    q = refine.guided_filter(torch.tensor(p)[None].float(), torch.tensor(I).permute(2, 0, 1)[None].float(), radius, eps)[0]
+    for k in range(2):
+        assert np.abs(q[k].numpy() - naive_guided_filter(p[k], I, radius, eps)).max() < 1e-4
+
+
+def test_guided_filter_transfers_an_edge_and_is_exact_for_affine_maps():
+    I = torch.zeros(1, 3, 20, 20)
+    I[..., 10:] = 0.8
+    blurred = torch.linspace(0, 1, 20).expand(1, 1, 20, 20)
+    q = refine.self_guided(blurred, I, 30, 1e-6)
+    assert q[..., 9].max() < 0.3 < 0.7 < q[..., 10].min()          # the ramp became the picture's step
+    I = torch.rand(1, 3, 16, 16)
+    p = (I * torch.tensor([0.2, 0.5, 0.1]).view(1, 3, 1, 1)).sum(1, keepdim=True) + 0.1
+    assert torch.allclose(refine.guided_filter(p, I, 4, 1e-8), p, atol=1e-3)
+    assert not refine.self_guided(torch.zeros(1, 2, 3, 3), I, 4, 1e-3).any()
+    with pytest.raises(ValueError):
+        refine.guided_filter(p[..., :5], I, 4, 1e-3)
+
+
+def test_pseudo_labels_by_hand():
+    maps = torch.tensor([[[[.9, .4, .1], [.5, .6, .0], [.2, .3, .8]],
+                          [[.2, .8, .3], [.55, .1, .0], [.24, .1, .9]],
+                          [[.99, .99, .99], [.99, .99, .99], [.99, .99, .99]]]])
+    want = [[1, 2, 255], [2, 1, 0], [0, 255, 2]]
+    out = refine.pseudo_labels(maps, torch.tensor([[1, 1, 0]]), 0.25, 0.5)
+    assert out.dtype == torch.uint8 and out[0].tolist() == want    # class 3 is absent: never, however high
+    assert refine.pseudo_labels(maps, torch.zeros(1, 3), 0.25, 0.5).eq(0).all()
+    with pytest.raises(ValueError):
+        refine.pseudo_labels(maps, torch.ones(1, 3), 0.6, 0.4)
+
+
+def test_gradients_flow_where_they_should_and_stop_where_they_should():
+    torch.manual_seed(0)
+    M = torch.rand(1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+    f = torch.randn(1, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    I = torch.rand(1, 3, 8, 8, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda m, g: refine.affinity_guided(m, g, 3, 2.0, temperature=1.0), (M, f))
+    assert torch.autograd.gradcheck(lambda m, g: refine.affinity_energy(m, g, None, temperature=1.0), (M, f))
+    up = torch.rand(1, 1, 8, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda p: refine.guided_filter(p, I, 2, 1e-2), (up,))
+    net = SGSeg(4).train()
+    x, y = torch.rand(2, 3, 65, 65), torch.eye(4)[:2]
+    nothing = torch.full((2, 65, 65), 255)
+    L_cls, L_seg = train.losses(net, x, y, nothing)
+    assert L_seg == 0                                              # all ignored: no loss, and no nan
+    L_cls.backward()
+    assert net.cam.weight.grad.abs().sum() > 0 and all(p.grad is None for p in net.seg.parameters())
+    labels = nothing.clone()
+    labels[0, :32] = 1
+    train.losses(net, x, y, labels)[1].backward()
+    assert all(p.grad is not None for p in [*net.seg.parameters(), *net.backbone.parameters()])
+    Z = torch.randn(1, 5, 17, 17, requires_grad=True)
+    F.cross_entropy(Z, labels[:1, ::4, ::4], ignore_index=255).backward()
+    assert not Z.grad[..., 9:, :].any() and Z.grad[..., :8, :].any()   # nothing moves where the label says 255
+
+
+# ---- sgseg.py ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbone_levels(name):
+    net = SGSeg(5, name).eval()
+    with torch.no_grad():
+        out = net(torch.rand(2, 3, 97, 65))
+    for F_l, stride, c in zip(out.features, (4, 8, 16), net.backbone.channels):
+        assert F_l.shape == (2, c, 96 // stride + 1, 64 // stride + 1)
+    assert out.cam.shape == (2, 5, 7, 5) and out.scores.shape == (2, 5) and out.seg.shape == (2, 6, 13, 9)
+
+
+def test_cam_pooling_then_classifying_equals_classifying_then_pooling():
+    net = SGSeg(5).eval()
+    out = net(torch.rand(2, 3, 65, 65))
+    pooled = out.features.high.mean((2, 3))
+    assert torch.allclose(out.scores, pooled @ net.cam.weight.flatten(1).T, atol=1e-5)
+
+
+def test_vgg16_is_named_as_torchvision_names_it():
+    convs = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]       # of torchvision.models.vgg16().features
+    net = BACKBONES["vgg16"]()
+    assert set(net.state_dict()) == {f"features.{n}.{part}" for n in convs for part in ("weight", "bias")}
+    state = net.state_dict() | {"classifier.0.weight": torch.zeros(1)}
+    net.load_imagenet(state)
+    with pytest.raises(RuntimeError):
+        net.load_imagenet({k: v for k, v in state.items() if k != "features.0.weight"})
+
+
+def test_lite0_weights_load_strictly_and_dilation_changes_no_parameter():
+    state = train.imagenet_weights("lite0", "auto")
+    plain, dilated = Lite0(dilated=False), Lite0()
+    plain.load_imagenet(state), dilated.load_imagenet(state)
+    x = torch.rand(1, 3, 65, 65)
+    with torch.no_grad():
+        a, b = plain.eval()(x), dilated.eval()(x)
+    assert torch.equal(a.mid, b.mid) and a.high.shape[-1] == 3 and b.high.shape[-1] == 5
+    with pytest.raises(RuntimeError):
+        plain.load_imagenet({k: v for k, v in state.items() if k != "_conv_stem.weight"})
+
+
+# ---- data.py -----------------------------------------------------------------------------------------------------------
+
+
+REAL_XML = """<annotation><folder>VOC2012</folder><filename>x.jpg</filename><size><width>97</width></size>
+<object><name>person</name><difficult>0</difficult><part><name>head</name></part><part><name>hand</name></part></object>
+<object><name>person</name></object><object><name>sofa</name><difficult>1</difficult></object></annotation>"""
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    return make_toy(tmp_path_factory.mktemp("toy"), train=24, val=8)
+
+
+@pytest.fixture
+def kit(toy, tmp_path):
+    """A private copy to break."""
+    return Path(shutil.copytree(toy, tmp_path / "kit"))
+
+
+def test_real_style_xml(tmp_path):
+    path = tmp_path / "x.xml"
+    path.write_text(REAL_XML)
+    assert read_tags(path, data.VOC_CLASSES) == {"person", "sofa"}  # parts are not objects
+    assert read_tags(path, data.VOC_CLASSES, difficult=False) == {"person"}
+
+
+def test_lists_as_they_come(tmp_path):
+    path = tmp_path / "l.txt"
+    path.write_bytes(b"\xef\xbb\xbfa  1\r\n\r\nb -1\r\nc  0\r\na 1\r\n")
+    assert read_list(path) == ["a", "c"]
+
+
+def test_devkit_is_found_from_any_level_and_train_aug_wins(toy, tmp_path):
+    (tmp_path / "VOCdevkit").mkdir()
+    (tmp_path / "VOCdevkit" / "VOC2012").symlink_to(toy)
+    for path in (tmp_path, tmp_path / "VOCdevkit", toy):
+        assert len(VOC(path, "train")) == 24
+    assert VOC(toy, "val").classes == list(data.TOY_CLASSES)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "I;16", "1", "LA"])
+def test_image_modes_are_read_rightly(mode, tmp_path):
+    grey = Image.fromarray(np.full((20, 30), 200, np.uint8))
+    image = Image.fromarray(np.full((20, 30), 200 * 256, np.uint16)) if mode == "I;16" else grey.convert("RGB").convert(mode)
+    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    image.save(path)
+    out = np.asarray(read_image(path)).astype(int)
+    assert out.shape == (20, 30, 3) and (mode == "1" or abs(out - 200).max() <= 8)
+
+
+def test_exif_rotation_and_long_images(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "r.jpg", exif=exif)
+    assert read_image(tmp_path / "r.jpg").size == (20, 40)
+    Image.new("RGB", (10000, 40)).save(tmp_path / "long.jpg")
+    assert data.aligned(read_image(tmp_path / "long.jpg"), 500).size == (497, 17)
+
+
+def test_palette_is_vocs():
+    colours = np.array(data.palette()).reshape(256, 3)
+    assert colours[[0, 1, 8, 15, 20, 255]].tolist() == [[0, 0, 0], [128, 0, 0], [64, 0, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192]]
+
+
+def test_toy_masks_tags_and_borders_agree(toy):
+    for split in ("train", "val"):
+        voc = VOC(toy, split)
+        labels = voc.scan_tags()
+        for i in range(len(voc)):
+            mask = voc.mask(i, voc.image(i).size)
+            assert set(np.unique(mask)) - {0, 255} == set((labels[i].nonzero()[:, 0] + 1).tolist())
+            assert (mask == 255).any()
+
+
+def test_crops_are_a_function_of_seed_epoch_and_index_and_move_labels_with_pixels(toy):
+    voc = VOC(toy, "train")
+    voc.scan_tags()
+    get = lambda seed, epoch, i: Crops(voc, 65, 97, (0.5, 1.5), seed, epoch, voc.mask_path)[i]
+    a, b = get(0, 3, 5), get(0, 3, 5)
+    assert all(torch.equal(torch.as_tensor(u), torch.as_tensor(v)) for u, v in zip(a, b))
+    assert not torch.equal(a[0], get(0, 4, 5)[0]) and not torch.equal(a[0], get(1, 3, 5)[0])
+    assert a[0].shape == (3, 65, 65) and a[2].shape == (65, 65) and 0 <= a[0].min() and a[0].max() <= 1
+    marked = make_toy(toy.parent / "marked", train=4, val=1)       # an image that equals its own label map
+    voc = VOC(marked, "train")
+    voc.scan_tags()
+    for i in range(4):
+        mask = np.zeros((97, 97), np.uint8)
+        mask[20:60, 30:80] = 1
+        Image.fromarray(mask).save(marked / "label.png")
+        Image.fromarray(np.repeat(mask[:, :, None] * 255, 3, 2)).save(voc.image_path(i), "PNG")
+        x, _, label, _ = Crops(voc, 65, 97, (0.6, 1.4), 0, 0, lambda i: marked / "label.png")[i]
+        inside = F.max_pool2d((label == 255).float()[None], 3, 1, 1)[0] == 0
+        sure = inside & ((x[0] < 0.2) | (x[0] > 0.8))
+        assert sure.any() and ((x[0] > 0.5) == (label == 1))[sure].float().mean() > 0.99
+
+
+def test_confusion_and_iou_by_hand():
+    target = np.array([[0, 0, 1], [1, 2, 255]])
+    C = confusion(target, np.array([[0, 1, 1], [1, 0, 2]]), 3)
+    assert C[:3, :3].tolist() == [[1, 1, 0], [0, 2, 0], [1, 0, 0]] and C.sum() == 5   # the 255 pixel counts nowhere
+    assert np.allclose(iou(C), [1 / 3, 2 / 3, 0, np.nan], equal_nan=True)
+
+
+def test_scores_at_a_threshold_equal_the_confusion_of_thresholded_labels():
+    rng = np.random.default_rng(0)
+    target = rng.choice([0, 2, 4, 255], (20, 20)).astype(np.uint8)
+    maps, present = torch.tensor(rng.random((2, 20, 20))).float(), np.array([1, 3])
+    scores = MapScores(4)
+    scores.add(target, maps, present)
+    for t in (0.05, 0.5, 0.85):
+        best, k = maps.max(0)
+        prediction = np.where(best.numpy() >= t, present[k.numpy()] + 1, 0)
+        assert (scores.confusion(t) == confusion(target, prediction, 4)).all()
+
+
+# ---- train.py: the whole method ----------------------------------------------------------------------------------------
+
+
+def options(root, out, *more):
+    """A toy-sized run on a devkit: one refine, a few steps."""
+    return ["--voc", str(root), "--out", str(out), "--backbone", "tiny", "--weights", "none", "--crop", "65", "--size", "97",
+            "--warmup", "1", "--rounds", "2", "--epochs", "1", "--batch", "8", "--radius", "8", "--workers", "0", "--device", "cpu",
+            *more]
+
+
+def sgseg(*argv, **kw):
+    """train.py as a user starts it: (exit status, stderr)."""
+    done = subprocess.run([sys.executable, HERE / "train.py", *map(str, argv)], capture_output=True, text=True, timeout=120, **kw)
+    return done.returncode, done.stderr
+
+
+def product(run):
+    """All that must not depend on being stopped: weights, momentum, labels, metrics."""
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    return (state["model"], state["optimizer"]["state"], (run / "metrics.jsonl").read_text(), (run / "results.json").read_text(),
+            {str(p.relative_to(run)): p.read_bytes() for p in sorted((run / "pseudo").rglob("*.png"))})
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, tuple):
+        return all(same(u, v) for u, v in zip(a, b))
+    return a == b
+
+
+@pytest.fixture(scope="session")
+def finished(toy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main(options(toy, out)) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def learnt(tmp_path_factory):
+    """The built-in toy run itself: `python train.py`."""
+    out = tmp_path_factory.mktemp("runs") / "toy"
+    assert train.main(["--out", str(out)]) == 0
+    return out
+
+
+def test_two_rounds_on_the_toy_set_learn(learnt):
+    results = json.loads((learnt / "results.json").read_text())
+    maps = results["train"]
+    assert maps["affinity"]["peak"]["miou"] > maps["cam"]["peak"]["miou"]
+    assert maps["self_guided"]["peak"]["miou"] > maps["cam"]["peak"]["miou"] + 0.1
+    assert results["val"]["seg"]["miou"] >= 0.80
+    labels = [maps[f"labels_round{r}"]["miou"] for r in (1, 2)]
+    assert labels[1] > labels[0]
+    voc = VOC(learnt / "toy", "val")                               # the bound is one that untrained weights fail
+    net, cfg = SGSeg(4).eval(), train.configure({"out": str(learnt)})
+    C = sum(confusion(voc.mask(i, voc.image(i).size), train.segment(net, voc.image(i), cfg), 4) for i in range(len(voc)))
+    assert np.nanmean(iou(C)) < 0.3
+
+
+def test_run_folder_explains_itself(learnt):
+    config = json.loads((learnt / "config.json").read_text())
+    assert config["config"]["backbone"] == "tiny" and config["versions"]["torch"] == torch.__version__
+    metrics = [json.loads(line) for line in (learnt / "metrics.jsonl").read_text().splitlines()]
+    assert [m["round"] for m in metrics if "val_miou" in m] == [1, 2]
+    for r in (0, 1, 2):
+        assert Image.open(learnt / "panels" / f"round{r}.png").width > 900
+    ids = read_list(learnt / "toy" / "ImageSets" / "Segmentation" / "train.txt")
+    label = Image.open(learnt / "pseudo" / "round2" / f"{ids[0]}.png")
+    assert label.mode == "P" and label.size == (97, 97) and label.getpalette()[3:6] == [128, 0, 0]
+
+
+def test_absent_tags_never_appear_in_pseudo_labels(learnt):
+    voc = VOC(learnt / "toy", "train")
+    labels = voc.scan_tags()
+    for i in range(len(voc)):
+        for r in (1, 2):
+            found = set(np.unique(np.array(Image.open(learnt / "pseudo" / f"round{r}" / f"{voc.ids[i]}.png")))) - {0, 255}
+            assert found <= set((labels[i].nonzero()[:, 0] + 1).tolist())
+
+
+def test_segment_writes_a_palette_mask_of_the_photos_own_size(learnt, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(tmp_path / "p.jpg")
+    assert train.main(["--out", str(learnt), "--segment", str(tmp_path / "p.jpg")]) == 0
+    assert Image.open(learnt / "segmented" / "p.png").size == (70, 50)
+    assert (learnt / "segmented" / "p_overlay.png").exists()
+
+
+def test_training_never_opens_a_mask(kit, tmp_path, capsys):
+    shutil.rmtree(kit / "SegmentationClass")
+    assert train.main(options(kit, tmp_path / "run", "--rounds", "1")) == 0
+    said = capsys.readouterr().out
+    assert "lacks val masks" in said and "lacks training masks" in said
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == {"train": None, "val": {"seg": None}}
+
+
+def test_masks_of_training_images_do_not_change_the_run(kit, finished, tmp_path):
+    voc = VOC(kit, "train")
+    for i in range(len(voc)):                                      # same image sizes, nonsense inside
+        data.palette_image(np.full((97, 97), 1, np.uint8)).save(voc.mask_path(i))
+    assert train.main(options(kit, tmp_path / "run")) == 0
+    a, b = product(finished), product(tmp_path / "run")
+    assert same(a[:3], b[:3]) and same(a[4], b[4])
+
+
+def test_ablation_switches_and_upper_bound(toy, tmp_path):
+    for name, more in (("a", ["--no-affinity"]), ("s", ["--no-self-guided"]), ("r", ["--rounds", "0"]), ("u", ["--supervised"])):
+        assert train.main(options(toy, tmp_path / name, *more)) == 0
+    score = lambda name, stage: json.loads((tmp_path / name / "results.json").read_text())["train"][stage]["iou"]
+    assert score("a", "cam") == score("a", "affinity") != score("a", "self_guided")
+    assert score("s", "affinity") == score("s", "self_guided")
+    assert not (tmp_path / "r" / "pseudo").exists() and not (tmp_path / "u" / "pseudo").exists()
+
+
+# ---- stop it, break it -------------------------------------------------------------------------------------------------
+
+
+def test_killed_at_random_moments_and_resumed_equals_never_stopped(toy, finished, tmp_path):
+    rng, out, kills = random.Random(time.time()), tmp_path / "run", 0
+    argv = [sys.executable, HERE / "train.py", *options(toy, out, "--save-minutes", "0")]
+    while True:
+        process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            process.wait(timeout=rng.uniform(2.5, 5.0) if kills < 4 else 100)
+            assert process.returncode == 0, process.stderr.read()
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        argv = [sys.executable, HERE / "train.py", "--out", str(out), "--resume", "--device", "cpu"]
+        if not (out / "config.json").exists():                     # killed while torch was still being imported
+            argv = [sys.executable, HERE / "train.py", *options(toy, out, "--save-minutes", "0")]
+    a, b = product(finished), product(out)
+    assert same(a, b) and kills > 0
+
+
+@pytest.mark.parametrize("phase", ["refine", "update"])
+def test_stopped_in_each_phase_resumes_to_the_bit(phase, toy, finished, tmp_path, monkeypatch):
+    out, calls = tmp_path / "run", []
+    due = train.Run.checkpoint_if_due
+
+    def stop_at_the_fifth(run):
+        calls.append(run.at["phase"])
+        if calls.count(phase) == 5:
+            run.signal = signal.SIGTERM
+        due(run)
+    monkeypatch.setattr(train.Run, "checkpoint_if_due", stop_at_the_fifth)
+    assert train.main(options(toy, out)) == 143
+    monkeypatch.undo()
+    assert train.main(["--out", str(out), "--resume"]) == 0
+    assert same(product(finished), product(out))
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_say_how_to_go_on(signum, status, toy, tmp_path):
+    process = subprocess.Popen([sys.executable, HERE / "train.py", *options(toy, tmp_path / "r", "--warmup", "500", "--workers", "1")],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "r" / "checkpoint.pt").exists():
+        time.sleep(0.1)
+    process.send_signal(signum)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == status and f"--out {tmp_path / 'r'} --resume" in said and "Traceback" not in said
+
+
+def test_workers_do_not_change_the_result(toy, finished, tmp_path):
+    assert train.main(options(toy, tmp_path / "run", "--workers", "2")) == 0
+    assert same(product(finished), product(tmp_path / "run"))
+
+
+def test_a_run_folder_is_never_destroyed(finished, toy, tmp_path, capsys):
+    before = product(finished)
+    assert train.main(options(toy, finished)) == 2
+    assert "holds a run" in capsys.readouterr().err
+    assert train.main(["--out", str(finished), "--resume", "--lr", "0.5", "--workers", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "--lr 0.5" in said and "workers" not in said
+    assert same(before, product(finished))
+
+
+def test_full_disk_keeps_the_old_checkpoint(finished, toy, tmp_path, monkeypatch, capsys):
+    out, real, count = tmp_path / "run", os.fsync, []
+
+    def full(fd):
+        count.append(fd)
+        if len(count) > 12:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(fd)
+    monkeypatch.setattr(os, "fsync", full)
+    assert train.main(options(toy, out, "--save-minutes", "0")) == 2
+    assert "No space left" in capsys.readouterr().err and not list(out.rglob("*.tmp"))
+    assert train.load_run(out)["at"]["step"] >= 0                  # whole
+    monkeypatch.undo()
+    assert train.main(["--out", str(out), "--resume"]) == 0
+
+
+def test_a_loss_that_is_not_finite_names_step_images_and_last_good_state(toy, tmp_path, monkeypatch, capsys):
+    real, n = train.losses, []
+
+    def losses(*args):
+        n.append(1)
+        L_cls, L_seg = real(*args)
+        return L_cls * (float("nan") if len(n) == 3 else 1), L_seg
+    monkeypatch.setattr(train, "losses", losses)
+    assert train.main(options(toy, tmp_path / "run", "--save-minutes", "0")) == 2
+    said = capsys.readouterr().err
+    assert "step 2" in said and "toy_00" in said and "checkpoint.pt" in said
+    assert all(v.isfinite().all() for v in train.load_run(tmp_path / "run")["model"].values())
+
+
+# ---- feed it rubbish ---------------------------------------------------------------------------------------------------
+
+
+JPG, XML, LIST = "JPEGImages/toy_0003.jpg", "Annotations/toy_0003.xml", "ImageSets/Segmentation/train.txt"
+BOMB = '<!DOCTYPE a [<!ENTITY x "ha">' + "".join(f'<!ENTITY x{n} "{("&x" + str(n - 1 or "") + ";") * 10}">' for n in range(1, 9)) + "]><a>&x8;</a>"
+
+
+def image_bytes(mode, size, kind="PNG"):
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, kind)
+    return buffer.getvalue()
+
+
+BROKEN = {
+    "no list": (LIST, None), "empty list": (LIST, b"\r\n \n"), "list of rubbish": (LIST, b"\xff\xfe\x00"),
+    "id that climbs": (LIST, b"../../etc/passwd\n"), "id without image": (JPG, None), "id without XML": (XML, None),
+    "malformed XML": (XML, b"<annotation><object>"), "unknown class": (XML, b"<annotation><object><name>dragon</name></object></annotation>"),
+    "entity bomb": (XML, BOMB.encode()), "no tag": (XML, b"<annotation></annotation>"), "empty XML": (XML, b""),
+    "zero bytes": (JPG, b""), "not an image": (JPG, b"hello" * 100), "1x1": (JPG, image_bytes("RGB", (1, 1), "JPEG")),
+    "truncated": (JPG, lambda old: old[:len(old) // 2]), "bomb of pixels": (JPG, image_bytes("1", (30000, 30000))),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_bad_input_gets_one_line_before_training(case, kit, tmp_path, capsys):
+    name, content = BROKEN[case]
+    path = kit / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content(path.read_bytes()) if callable(content) else content)
+    assert train.main(options(kit, tmp_path / "run")) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in said if not line.startswith("warning")]) == 1
+    assert said[-1].startswith("sgseg: ") and Path(name).name in said[-1] and "expected" in said[-1] and ";" in said[-1]
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+MASKS = {"another size": image_bytes("P", (50, 50)), "RGB": image_bytes("RGB", (97, 97)), "truncated": image_bytes("P", (97, 97))[:80]}
+
+
+@pytest.mark.parametrize("case", [*MASKS, "index out of range"])
+def test_bad_masks_are_named(case, kit):
+    voc = VOC(kit, "val")
+    if case == "index out of range":
+        data.palette_image(np.full((97, 97), 9)).save(voc.mask_path(0))
+    else:
+        voc.mask_path(0).write_bytes(MASKS[case])
+    with pytest.raises(InputError, match="expected"):
+        voc.mask(0, (97, 97))
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["--lo", "0.6", "--hi", "0.4"], "--lo"), (["--radius", "-1"], "--radius"), (["--crop", "100"], "--crop"), (["--eps", "0"], "--eps"),
+    (["--lr", "nan"], "--lr"), (["--batch", "0"], "--batch"), (["--rounds", "x"], "rounds"), (["--nonsense"], "nonsense"),
+    (["--device", "cuda:77"], "--device"), (["--backbone", "resnet"], "--backbone"), (["--weights", "/nowhere.pth"], "/nowhere.pth"),
+    (["--voc", "/nowhere"], "/nowhere"), (["--scale-min", "2"], "--scale-max"), (["--eval", "/nowhere"], "/nowhere"),
+    (["--segment", "x.jpg", "--out", "/nowhere"], "/nowhere"), (["--out", "/proc/run"], "/proc/run"),
+])
+def test_bad_options_get_one_line(argv, word, toy, tmp_path, capsys):
+    base = [] if "--eval" in argv or "--segment" in argv else options(toy, tmp_path / "run")
+    assert train.main([*base, *argv]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
+    assert len(said) == 1 and word in said[0] and "expected" in said[0]
+
+
+def test_a_user_sees_one_line_and_no_traceback(tmp_path):
+    (tmp_path / "VOC2012").mkdir()
+    status, said = sgseg("--voc", tmp_path)
+    assert status == 2 and said.count("\n") == 1 and "not a VOC devkit" in said
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("/tmp/sgseg_was_here",))
+
+
+def test_checkpoints_are_data_not_programs(finished, toy, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    good = torch.load(finished / "checkpoint.pt", weights_only=True)
+    config = json.loads((finished / "config.json").read_text())
+    config["config"]["out"] = str(run)
+    (run / "config.json").write_text(json.dumps(config))
+    whole = (finished / "checkpoint.pt").read_bytes()
+    cases = {"pickle": lambda p: torch.save({"model": Evil()}, p), "cut": lambda p: p.write_bytes(whole[:len(whole) // 2]),
+             "empty": lambda p: p.write_bytes(b""), "tensor": lambda p: torch.save(torch.ones(3), p),
+             "another's": lambda p: torch.save({"x": 1}, p),
+             "backbone": lambda p: torch.save({**good, "config": {**good["config"], "backbone": "vgg16"}}, p),
+             "classes": lambda p: torch.save({**good, "classes": ["cat", "dog"]}, p),
+             "weights": lambda p: torch.save({**good, "model": {"cam.weight": torch.ones(1)}}, p)}
+    for name, spoil in cases.items():
+        spoil(run / "checkpoint.pt")
+        assert train.main(["--out", str(run), "--resume"]) == 2, name
+        said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
+        assert len(said) == 1 and "checkpoint.pt" in said[0] and "expected" in said[0], name
+        assert train.main(["--out", str(run), "--segment", str(toy / JPG)]) in ((2,) if name != "classes" else (0, 2)), name
+        capsys.readouterr()
+    assert not Path("/tmp/sgseg_was_here").exists()
+
+
+def test_a_class_without_images_is_a_warning(kit, tmp_path, capsys):
+    (kit / "classes.txt").write_text("\n".join([*data.TOY_CLASSES, "dragon"]))
+    assert train.main(options(kit, tmp_path / "run", "--rounds", "0")) == 0
+    assert "no training image is tagged dragon" in capsys.readouterr().err
+
+
+def mutate(content, rng):
+    """A few bytes changed, cut, doubled or inserted."""
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 8)):
+        at, n = rng.randrange(len(content) + 1), rng.choice((1, 1, 2, 4, 16, 200))
+        kind = rng.randrange(4)
+        content[at:at + n] = {0: b"", 1: rng.randbytes(min(n, len(content) - at)), 2: content[at:at + n] * 2, 3: rng.randbytes(n)}[kind]
+    return bytes(content)
+
+
+def fuzz(kit, count, seed=0):
+    """Mutated XML, lists, JPEGs and PNGs through the loader: {kind: (loaded, refused)}; anything else raises."""
+    rng, voc = random.Random(seed), VOC(kit, "train")
+    readers = {"xml": (kit / XML, lambda p: read_tags(p, voc.classes)), "list": (kit / LIST, read_list), "jpeg": (kit / JPG, read_image),
+               "png": (voc.mask_path(3), lambda p: read_mask(p, (97, 97), 4))}
+    counts = {kind: [0, 0] for kind in readers}
+    for n in range(count):
+        kind = list(readers)[n % 4]
+        path, reader = readers[kind]
+        bad = path.with_name("mutated")
+        bad.write_bytes(mutate(path.read_bytes(), rng))
+        start = time.time()
+        try:
+            reader(bad)
+            counts[kind][0] += 1
+        except InputError as e:
+            assert "\n" not in str(e) and "expected" in str(e)
+            counts[kind][1] += 1
+        assert time.time() - start < 5
+    return counts
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_files_load_or_raise_the_one_error(kit):
+    assert sum(map(sum, fuzz(kit, 400).values())) == 400
+
+
+@pytest.mark.skipif("SGSEG_SLOW" not in os.environ, reason="slow: set SGSEG_SLOW=1")
+@pytest.mark.filterwarnings("ignore")
+def test_ten_thousand_mutated_files(kit):
+    counts = fuzz(kit, 10_000, seed=1)
+    print("loaded, refused:", counts)
+    assert sum(map(sum, counts.values())) == 10_000
+
+
+# ---- the repository ----------------------------------------------------------------------------------------------------
+
+
+def test_imports_are_torch_numpy_pillow_and_the_standard_library():
+    for name in ("sgseg.py", "data.py", "refine.py", "train.py"):
+        tree = ast.parse((HERE / name).read_text())
+        found = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        found |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        assert found <= {"torch", "numpy", "PIL", "sgseg", "data", "refine"} | set(sys.stdlib_module_names)
+
+
+def test_readme_links_point_at_what_they_name():
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", (HERE / "README.md").read_text())
+    assert len(links) >= 8
+    for name, file, line in links:
+        text = (HERE / file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf"\s*(def|class) {name}\b", text), f"README: {name} is not at {file}#L{line}"
+
+
+def test_help_shows_every_option_and_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    for f in train.fields(train.Config):
+        assert f"--{f.name.replace('_', '-')}" in said
