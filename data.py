@@ -4,14 +4,12 @@ Training reads JPEGImages, Annotations and ImageSets. `VOC.mask` is the only fun
 only evaluation (and `--supervised`, the upper bound) calls it. A folder with other classes than VOC's twenty names them in
 a file classes.txt, one a line, beside ImageSets.
 """
-import os
-import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 IGNORE = 255
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
@@ -24,49 +22,47 @@ class InputError(Exception):
     """The one error a user can cause: 'file: what is wrong; expected what; fix'. train.py prints it and exits with 2."""
 
     def __init__(self, message):
+        message = message.split("InputError: ")[-1]                # a loader process puts its traceback in front
         super().__init__(" ".join(message.split()))                # one line, whatever a parser put into it
 
 
 # ---- files -> arrays ---------------------------------------------------------------------------------------------------
 
-
 def open_image(path):
-    """Open and check the header only: a PIL image whose sides are 16 px or more, at most 64 megapixels."""
+    """Open and check the header only: a PIL image whose sides are 16 px or more, at most 64 megapixels. Raises InputError."""
     try:
         image = Image.open(path, formats=("JPEG", "PNG"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such image; expected a JPEG for every id listed; add it or take the id out of the list")
     except Exception as e:                                         # Pillow's parsers raise a dozen types on broken files
-        raise InputError(f"{path}: not a readable image ({e}); expected JPEG or PNG; replace it or take the id out of the list")
-    w, h = image.size
-    if min(w, h) < 16 or w * h > MAX_PIXELS:
-        raise InputError(f"{path}: {w}x{h} pixels; expected 16 or more a side and at most 64 megapixels; resize it or unlist it")
+        raise InputError(f"{path}: not an image that can be read ({e}); expected JPEG or PNG; replace it or unlist its id")
+    if min(image.size) < 16 or image.width * image.height > MAX_PIXELS:
+        raise InputError(f"{path}: {image.size} pixels; expected 16 or more a side, at most 64 million; resize it or unlist its id")
     return image
+
+
+def decoded(path, image, convert):
+    """convert(image), every failure of Pillow's decoders turned into InputError."""
+    try:
+        return convert(image)
+    except Exception as e:
+        raise InputError(f"{path}: cannot be decoded ({e}); expected a whole JPEG or PNG; replace it or unlist its id")
 
 
 def read_image(path):
     """RGB PIL image, upright (EXIF), from grey, CMYK, palette, RGBA or 16-bit files too. Raises InputError."""
-    image = open_image(path)
-    try:
+    def convert(image):
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):                             # 16-bit grey: keep the upper byte
             image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
         return image.convert("RGB")
-    except Exception as e:
-        raise InputError(f"{path}: cannot be decoded ({e}); expected a whole JPEG or PNG; replace it or take the id out of the list")
+    return decoded(path, open_image(path), convert)
 
 
 def read_mask(path, size, num_classes):
     """Palette or grey PNG -> (H,W) uint8 with 0..num_classes and 255. size is the image's (W,H). Raises InputError."""
-    mask = open_image(path)
-    if mask.mode not in ("P", "L"):
-        raise InputError(f"{path}: mode {mask.mode}; expected a palette PNG of class indices; re-export the mask as indexed")
-    if mask.size != size:
-        raise InputError(f"{path}: {mask.size[0]}x{mask.size[1]} pixels; expected its image's {size[0]}x{size[1]}; re-export it")
-    try:
-        mask = np.array(mask)
-    except Exception as e:
-        raise InputError(f"{path}: cannot be decoded ({e}); expected a whole PNG; re-export it")
+    image = open_image(path)
+    if image.mode not in ("P", "L") or image.size != size:
+        raise InputError(f"{path}: mode {image.mode}, {image.size} pixels; expected an indexed PNG of its image's {size}; re-export it")
+    mask = decoded(path, image, np.array)
     wrong = mask[(mask > num_classes) & (mask != IGNORE)]
     if wrong.size:
         raise InputError(f"{path}: index {wrong[0]}; expected 0..{num_classes} or 255; re-export it with this class list")
@@ -74,26 +70,21 @@ def read_mask(path, size, num_classes):
 
 
 def read_tags(path, classes, difficult=True):
-    """Names of the classes in a VOC annotation: `object/name` directly, never the parts inside an object.
-
-    difficult=False leaves out objects marked <difficult>1. Raises InputError (also on a DOCTYPE: VOC has none, and entity
-    bombs need one).
-    """
+    """Set of class names in a VOC annotation: `object/name` directly, never an object's parts; without difficult, not objects
+    marked <difficult>1. Raises InputError, also on a DOCTYPE: VOC has none, and entity bombs need one."""
     try:
         text = Path(path).read_bytes()
         if b"<!" in text.replace(b"<!--", b"") or b"\0" in text or len(text) > 1_000_000:
             raise ValueError("it holds a DOCTYPE, a NUL or a megabyte")
         root = ET.fromstring(text)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such annotation; expected an XML for every id listed; add it or take the id out of the list")
     except (ET.ParseError, ValueError, LookupError, OSError) as e:
-        raise InputError(f"{path}: not a plain VOC annotation ({e}); expected <annotation><object><name>; rewrite it")
+        raise InputError(f"{path}: no plain VOC annotation ({e}); expected <annotation><object><name>; write it or unlist its id")
     tags = {(o.findtext("name") or "").strip() for o in root.findall("object")
             if difficult or (o.findtext("difficult") or "0").strip() != "1"}
     for name in tags - set(classes):
         raise InputError(f"{path}: unknown class {name[:40]!r}; expected one of {' '.join(classes)}; rename it or edit classes.txt")
     if not tags:
-        raise InputError(f"{path}: no tag; expected at least one <object><name>; tag the image or take its id out of the list")
+        raise InputError(f"{path}: no tag; expected at least one <object><name>; tag the image or unlist its id")
     return tags
 
 
@@ -113,7 +104,6 @@ def read_list(path):
 
 
 # ---- the devkit --------------------------------------------------------------------------------------------------------
-
 
 def find_devkit(path):
     """The folder that holds ImageSets: PATH itself, PATH/VOC2012, or PATH/VOCdevkit/VOC2012. Raises InputError."""
@@ -146,6 +136,7 @@ class VOC:
         return self.root / "JPEGImages" / f"{self.ids[i]}.jpg"
 
     def image(self, i):
+        """PIL RGB image i. Raises InputError."""
         return read_image(self.image_path(i))
 
     def scan_tags(self, progress=lambda done, total: None):
@@ -153,12 +144,10 @@ class VOC:
         labels = torch.zeros(len(self), len(self.classes))
         for i, name in enumerate(self.ids):
             path = self.image_path(i)
-            image = open_image(path)
-            with open(path, "rb") as f:
-                f.seek(max(0, os.path.getsize(path) - 4096))
-                if b"\xff\xd9" not in f.read() and image.format == "JPEG":   # no end marker: let the decoder say
-                    read_image(path)
-            image.close()
+            with open_image(path) as image:
+                kind = image.format
+            if kind == "JPEG" and b"\xff\xd9" not in path.read_bytes()[-4096:]:   # no end marker: let the decoder say
+                read_image(path)
             for tag in read_tags(self.root / "Annotations" / f"{name}.xml", self.classes, self.difficult):
                 labels[i, self.classes.index(tag)] = 1
             progress(i + 1, len(self))
@@ -178,7 +167,6 @@ class VOC:
 
 
 # ---- images -> network inputs ------------------------------------------------------------------------------------------
-
 
 def to_tensor(image):
     """PIL RGB -> (3,H,W) float32 in [0,1]."""
@@ -231,14 +219,10 @@ class Crops(torch.utils.data.Dataset):
 
 # ---- label maps --------------------------------------------------------------------------------------------------------
 
-
 def palette():
-    """VOC's 256 colours, flat [r,g,b,r,g,b,...]: colour bit b of index bits (3b, 3b+1, 3b+2), most significant first."""
-    colours = np.zeros((256, 3), int)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= ((np.arange(256) >> (3 * bit + channel)) & 1) << (7 - bit)
-    return colours.flatten().tolist()
+    """VOC's 256 colours, flat [r,g,b,r,g,b,...]: bits 3b, 3b+1, 3b+2 of the index are bit 7-b of red, green, blue."""
+    index, channel = np.mgrid[:256, :3]
+    return sum(((index >> (3 * b + channel)) & 1) << (7 - b) for b in range(8)).flatten().tolist()
 
 
 def palette_image(label):
@@ -301,29 +285,17 @@ def summary(C, classes):
 TOY_CLASSES = ("disc", "square", "triangle", "cross")
 
 
-def _texture(rng, size, colour, grain):
-    """(size,size,3) uint8: smooth blotches of two nearby colours plus fine grain."""
-    coarse = Image.fromarray(rng.integers(0, 255, (5, 5), dtype=np.uint8)).resize((size, size), Image.BICUBIC)
-    t = np.asarray(coarse)[:, :, None] / 255
-    other = np.clip(colour + rng.integers(-35, 35, 3), 0, 255)
-    return np.clip(colour * t + other * (1 - t) + rng.normal(0, grain, (size, size, 1)), 0, 255).astype(np.uint8)
+def _texture(rng, size, colour):
+    """(size,size,3) float: smooth blotches of two nearby colours plus fine grain."""
+    t = Image.fromarray(rng.integers(0, 255, (5, 5), dtype=np.uint8)).resize((size, size), Image.BICUBIC)
+    return colour + rng.uniform(-35, 35, 3) * np.asarray(t)[:, :, None] / 255 + rng.normal(0, 8, (size, size, 1))
 
 
-def _shape(name, size, cx, cy, r, angle):
-    """(size,size) bool: a disc, square, triangle or cross of radius r at (cx,cy), turned by angle."""
-    picture = Image.new("1", (size, size))
-    draw = ImageDraw.Draw(picture)
-    corners = {"square": 4, "triangle": 3}.get(name)
-    if name == "disc":
-        draw.ellipse([cx - r, cy - r, cx + r, cy + r], fill=1)
-    elif corners:
-        at = angle + 2 * np.pi * np.arange(corners) / corners
-        draw.polygon([(cx + r * np.cos(a), cy + r * np.sin(a)) for a in at], fill=1)
-    else:
-        for a in (angle, angle + np.pi / 2):
-            d = np.array([np.cos(a), np.sin(a)]) * r
-            draw.line([cx - d[0], cy - d[1], cx + d[0], cy + d[1]], fill=1, width=int(0.6 * r))
-    return np.array(picture)
+def _inside(shape, u, v):
+    """Which points (u,v) lie in a shape of radius 1."""
+    return {"disc": u ** 2 + v ** 2 < 1, "square": np.maximum(abs(u), abs(v)) < 0.75,
+            "triangle": np.maximum(-v, 0.87 * abs(u) + 0.5 * v) < 0.5,
+            "cross": (np.minimum(abs(u), abs(v)) < 0.3) & (np.maximum(abs(u), abs(v)) < 1)}[shape]
 
 
 def make_toy(root, train=240, val=60, size=97, seed=0):
@@ -333,29 +305,27 @@ def make_toy(root, train=240, val=60, size=97, seed=0):
     shape has a hue of its own, give or take, so that six small conv blocks learn it from tags within a minute.
     """
     root, rng = Path(root), np.random.default_rng(seed)
-    hues = {"disc": (200, 70, 60), "square": (70, 90, 200), "triangle": (60, 170, 80), "cross": (210, 180, 50)}
+    hues = np.array([(200, 70, 60), (70, 90, 200), (60, 170, 80), (210, 180, 50)])
     for folder in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     ids = [f"toy_{n:04d}" for n in range(train + val)]
+    y, x = np.mgrid[:size, :size]
     for name in ids:
-        image = _texture(rng, size, rng.integers(60, 200) + rng.integers(-25, 25, 3), 8)
-        mask = np.zeros((size, size), np.uint8)
-        for _ in range(rng.integers(1, 4)):
-            k = int(rng.integers(len(TOY_CLASSES)))
-            r = rng.uniform(0.14, 0.26) * size
+        image, mask = _texture(rng, size, rng.integers(60, 200) + rng.uniform(-25, 25, 3)), np.zeros((size, size), np.uint8)
+        for k in rng.integers(len(TOY_CLASSES), size=rng.integers(1, 4)):
+            r, angle = rng.uniform(0.14, 0.26) * size, rng.uniform(0, np.pi)
             cx, cy = rng.uniform(r, size - r, 2)
-            inside = _shape(TOY_CLASSES[k], size, cx, cy, r, rng.uniform(0, np.pi))
-            colour = np.clip(np.array(hues[TOY_CLASSES[k]]) + rng.integers(-30, 30, 3), 0, 255)
-            image[inside] = _texture(rng, size, colour, 8)[inside]
+            u, v = ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)) / r, ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / r
+            inside = _inside(TOY_CLASSES[k], u, v)
             grown = np.asarray(Image.fromarray(inside).convert("L").filter(ImageFilter.MaxFilter(3))) > 0
-            mask[grown] = IGNORE
-            mask[inside] = k + 1
+            image[inside] = _texture(rng, size, hues[k] + rng.uniform(-30, 30, 3))[inside]
+            mask[grown], mask[inside] = IGNORE, k + 1
         tags = [TOY_CLASSES[k - 1] for k in np.unique(mask) if 0 < k < IGNORE]
         objects = "".join(f"<object><name>{tag}</name></object>" for tag in tags)
-        Image.fromarray(image).save(root / "JPEGImages" / f"{name}.jpg", quality=92)
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / "JPEGImages" / f"{name}.jpg", quality=92)
         (root / "Annotations" / f"{name}.xml").write_text(f"<annotation><filename>{name}.jpg</filename>{objects}</annotation>\n")
         palette_image(mask).save(root / "SegmentationClass" / f"{name}.png")
-    (root / "classes.txt").write_text("\n".join(TOY_CLASSES) + "\n")
     (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids[:train]) + "\n")
     (root / "ImageSets/Segmentation/val.txt").write_text("\n".join(ids[train:]) + "\n")
+    (root / "classes.txt").write_text("\n".join(TOY_CLASSES) + "\n")   # last: whoever finds it finds a whole set
     return root

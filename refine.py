@@ -17,7 +17,6 @@ IGNORE = 255                                                       # VOC's "void
 
 # ---- 1. high-level features -> class-specific localization maps --------------------------------------------------------
 
-
 def localization_maps(scores, labels, least=1e-5):
     """M_k = y_k relu(S_k) / max(max_ij relu(S_k), least): where the classes named by the tags roughly are.
 
@@ -37,7 +36,6 @@ def localization_maps(scores, labels, least=1e-5):
 
 
 # ---- 2. intermediate features -> affinity guidance ---------------------------------------------------------------------
-
 
 def neighbours(h, w, dilations, device=None):
     """The graph: each pixel of an (h,w) grid and the 8 around it at every dilation, N = 8 len(dilations) neighbours.
@@ -82,6 +80,9 @@ def affinity_guided(maps, features, steps=40, strength=100.0, dilations=(1, 2, 4
 
     Worked example: two alike pixels, lambda = 1, M0 = (1, 0). One step gives (1 + 0, 0 + 1) / 2 = (0.5, 0.5); the next
     (1 + 0.5, 0 + 0.5) / 2 = (0.75, 0.25); the walk settles at (2/3, 1/3).
+
+    >>> affinity_guided(torch.tensor([[[[1., 0.]]]]), torch.zeros(1, 3, 1, 2), steps=2, strength=1.0)
+    tensor([[[[0.7500, 0.2500]]]])
     """
     if maps.shape[-2:] != features.shape[-2:]:
         raise ValueError(f"maps {tuple(maps.shape)} and features {tuple(features.shape)} must share one grid")
@@ -110,11 +111,13 @@ def affinity_energy(maps, features, start=None, strength=1.0, dilations=(1, 2, 4
 
 # ---- 3. the image itself -> self-guided refinement ---------------------------------------------------------------------
 
-
 def box_mean(x, radius):
     """Mean over the (2r+1)^2 window around each pixel, cut at the border and divided by the pixels in it.
 
     x (B,C,H,W) -> (B,C,H,W). Running sums: the cost is the same for every radius.
+
+    >>> box_mean(torch.tensor([[[[1., 2., 6.]]]]), radius=1)
+    tensor([[[[1.5000, 3.0000, 4.0000]]]])
     """
     for dim in (2, 3):
         n = x.shape[dim]
@@ -148,12 +151,17 @@ def guided_filter(p, I, radius, eps):
     m = box_mean(torch.cat(moments, 1), radius)                    # (B,9+4K,H,W) in one pass
     mu, pm, II, Ip = m.split([3, K, 6, 3 * K], 1)
     s = [II[:, n] - mu[:, i] * mu[:, j] + (eps if i == j else 0) for n, (i, j) in enumerate(pairs)]   # Sigma + eps U
-    cov = Ip.unflatten(1, (K, 3)) - mu[:, None] * pm[:, :, None]   # (B,K,3,H,W)
-    inverse = [s[3] * s[5] - s[4] * s[4], s[2] * s[4] - s[1] * s[5], s[1] * s[4] - s[2] * s[3],
-               s[0] * s[5] - s[2] * s[2], s[1] * s[2] - s[0] * s[4], s[0] * s[3] - s[1] * s[1]]   # cofactors, symmetric
-    det = s[0] * inverse[0] + s[1] * inverse[1] + s[2] * inverse[2]
-    rows = [torch.stack([inverse[n] for n in r], 1) / det[:, None] for r in ((0, 1, 2), (1, 3, 4), (2, 4, 5))]   # (B,3,H,W)
-    a = torch.stack([(r[:, None] * cov).sum(2) for r in rows], 2)  # (B,K,3,H,W)
+    c = Ip.unflatten(1, (K, 3)) - mu[:, None] * pm[:, :, None]     # (B,K,3,H,W) covariance of map and colours
+    c0, c1, c2 = c.transpose(1, 2).unbind(1)                       # (B,K,H,W) each
+    s00, s01, s02, s11, s12, s22 = (m[:, None] for m in s)         # solve (Sigma + eps U) a = c by LDL^T, in closed form
+    l10, l20 = s01 / s00, s02 / s00
+    d1 = (s11 - l10 * s01).clamp_min(eps)                          # exact arithmetic never goes below eps, float32 may
+    l21 = (s12 - l10 * s02) / d1
+    d2 = (s22 - l20 * s02 - l21 ** 2 * d1).clamp_min(eps)
+    c1 = c1 - l10 * c0
+    a2 = (c2 - l20 * c0 - l21 * c1) / d2
+    a1 = c1 / d1 - l21 * a2
+    a = torch.stack([c0 / s00 - l10 * a1 - l20 * a2, a1, a2], 2)   # (B,K,3,H,W)
     b = pm - (a * mu[:, None]).sum(2)                              # (B,K,H,W)
     ab = box_mean(torch.cat([a.flatten(1, 2), b], 1), radius)      # (B,4K,H,W)
     return (ab[:, :3 * K].unflatten(1, (K, 3)) * I[:, None]).sum(2) + ab[:, 3 * K:] + mp
@@ -171,7 +179,6 @@ def self_guided(maps, image, radius=48, eps=1e-5):
 
 
 # ---- 4. maps -> pseudo labels ------------------------------------------------------------------------------------------
-
 
 def pseudo_labels(maps, labels, lo, hi):
     """Class argmax_k M_k where max_k M_k > hi; background 0 where max_k M_k < lo; 255 (ignored by the loss) between.

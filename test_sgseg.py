@@ -39,7 +39,7 @@ torch.set_num_threads(2)
 
 def test_docstring_examples():
     result = doctest.testmod(refine, extraglobs={"torch": torch})
-    assert result.attempted >= 4 and result.failed == 0
+    assert result.attempted == 4 and result.failed == 0
 
 
 def test_localization_maps_by_hand():
@@ -195,7 +195,7 @@ def test_backbone_levels(name):
 def test_cam_pooling_then_classifying_equals_classifying_then_pooling():
     net = SGSeg(5).eval()
     out = net(torch.rand(2, 3, 65, 65))
-    pooled = out.features.high.mean((2, 3))
+    pooled = out.features[2].mean((2, 3))
     assert torch.allclose(out.scores, pooled @ net.cam.weight.flatten(1).T, atol=1e-5)
 
 
@@ -216,7 +216,7 @@ def test_lite0_weights_load_strictly_and_dilation_changes_no_parameter():
     x = torch.rand(1, 3, 65, 65)
     with torch.no_grad():
         a, b = plain.eval()(x), dilated.eval()(x)
-    assert torch.equal(a.mid, b.mid) and a.high.shape[-1] == 3 and b.high.shape[-1] == 5
+    assert torch.equal(a[1], b[1]) and a[2].shape[-1] == 3 and b[2].shape[-1] == 5
     with pytest.raises(RuntimeError):
         plain.load_imagenet({k: v for k, v in state.items() if k != "_conv_stem.weight"})
 
@@ -264,7 +264,8 @@ def test_devkit_is_found_from_any_level_and_train_aug_wins(toy, tmp_path):
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "I;16", "1", "LA"])
 def test_image_modes_are_read_rightly(mode, tmp_path):
     grey = Image.fromarray(np.full((20, 30), 200, np.uint8))
-    image = Image.fromarray(np.full((20, 30), 200 * 256, np.uint16)) if mode == "I;16" else grey.convert("RGB").convert(mode)
+    image = (Image.fromarray(np.full((20, 30), 200 * 256, np.uint16)) if mode == "I;16" else
+             grey.quantize() if mode == "P" else grey.convert("RGB").convert(mode))
     path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
     image.save(path)
     out = np.asarray(read_image(path)).astype(int)
@@ -390,10 +391,10 @@ def test_two_rounds_on_the_toy_set_learn(learnt):
     assert maps["affinity"]["peak"]["miou"] > maps["cam"]["peak"]["miou"]
     assert maps["self_guided"]["peak"]["miou"] > maps["cam"]["peak"]["miou"] + 0.1
     assert results["val"]["seg"]["miou"] >= 0.80
-    labels = [maps[f"labels_round{r}"]["miou"] for r in (1, 2)]
+    labels = [results["labels"][f"round{r}"]["miou"] for r in (1, 2)]
     assert labels[1] > labels[0]
     voc = VOC(learnt / "toy", "val")                               # the bound is one that untrained weights fail
-    net, cfg = SGSeg(4).eval(), train.configure({"out": str(learnt)})
+    net, cfg = SGSeg(4).eval(), train.configure({}, str(learnt))
     C = sum(confusion(voc.mask(i, voc.image(i).size), train.segment(net, voc.image(i), cfg), 4) for i in range(len(voc)))
     assert np.nanmean(iou(C)) < 0.3
 
@@ -431,7 +432,7 @@ def test_training_never_opens_a_mask(kit, tmp_path, capsys):
     assert train.main(options(kit, tmp_path / "run", "--rounds", "1")) == 0
     said = capsys.readouterr().out
     assert "lacks val masks" in said and "lacks training masks" in said
-    assert json.loads((tmp_path / "run" / "results.json").read_text()) == {"train": None, "val": {"seg": None}}
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == {"train": None, "val": {"seg": None}, "labels": {}}
 
 
 def test_masks_of_training_images_do_not_change_the_run(kit, finished, tmp_path):
@@ -469,7 +470,7 @@ def test_killed_at_random_moments_and_resumed_equals_never_stopped(toy, finished
             process.wait()
             kills += 1
         argv = [sys.executable, HERE / "train.py", "--out", str(out), "--resume", "--device", "cpu"]
-        if not (out / "config.json").exists():                     # killed while torch was still being imported
+        if not (out / "checkpoint.pt").exists():                   # killed while torch was still being imported
             argv = [sys.executable, HERE / "train.py", *options(toy, out, "--save-minutes", "0")]
     a, b = product(finished), product(out)
     assert same(a, b) and kills > 0
@@ -478,14 +479,14 @@ def test_killed_at_random_moments_and_resumed_equals_never_stopped(toy, finished
 @pytest.mark.parametrize("phase", ["refine", "update"])
 def test_stopped_in_each_phase_resumes_to_the_bit(phase, toy, finished, tmp_path, monkeypatch):
     out, calls = tmp_path / "run", []
-    due = train.Run.checkpoint_if_due
+    due = train.Run.save_if_due
 
     def stop_at_the_fifth(run):
         calls.append(run.at["phase"])
         if calls.count(phase) == 5:
             run.signal = signal.SIGTERM
         due(run)
-    monkeypatch.setattr(train.Run, "checkpoint_if_due", stop_at_the_fifth)
+    monkeypatch.setattr(train.Run, "save_if_due", stop_at_the_fifth)
     assert train.main(options(toy, out)) == 143
     monkeypatch.undo()
     assert train.main(["--out", str(out), "--resume"]) == 0
@@ -514,7 +515,7 @@ def test_a_run_folder_is_never_destroyed(finished, toy, tmp_path, capsys):
     assert "holds a run" in capsys.readouterr().err
     assert train.main(["--out", str(finished), "--resume", "--lr", "0.5", "--workers", "1"]) == 2
     said = capsys.readouterr().err
-    assert "--lr 0.5" in said and "workers" not in said
+    assert "--lr" in said and "workers" not in said
     assert same(before, product(finished))
 
 
@@ -529,7 +530,7 @@ def test_full_disk_keeps_the_old_checkpoint(finished, toy, tmp_path, monkeypatch
     monkeypatch.setattr(os, "fsync", full)
     assert train.main(options(toy, out, "--save-minutes", "0")) == 2
     assert "No space left" in capsys.readouterr().err and not list(out.rglob("*.tmp"))
-    assert train.load_run(out)["at"]["step"] >= 0                  # whole
+    assert train.load_run(out)[0]["at"]["step"] >= 0                  # whole
     monkeypatch.undo()
     assert train.main(["--out", str(out), "--resume"]) == 0
 
@@ -545,7 +546,7 @@ def test_a_loss_that_is_not_finite_names_step_images_and_last_good_state(toy, tm
     assert train.main(options(toy, tmp_path / "run", "--save-minutes", "0")) == 2
     said = capsys.readouterr().err
     assert "step 2" in said and "toy_00" in said and "checkpoint.pt" in said
-    assert all(v.isfinite().all() for v in train.load_run(tmp_path / "run")["model"].values())
+    assert all(v.isfinite().all() for v in train.load_run(tmp_path / "run")[0]["model"].values())
 
 
 # ---- feed it rubbish ---------------------------------------------------------------------------------------------------
@@ -581,12 +582,12 @@ def test_bad_input_gets_one_line_before_training(case, kit, tmp_path, capsys):
         path.write_bytes(content(path.read_bytes()) if callable(content) else content)
     assert train.main(options(kit, tmp_path / "run")) == 2
     said = capsys.readouterr().err.strip().splitlines()
-    assert len([line for line in said if not line.startswith("warning")]) == 1
+    assert len([line for line in said if not line.startswith("warning: no training")]) == 1
     assert said[-1].startswith("sgseg: ") and Path(name).name in said[-1] and "expected" in said[-1] and ";" in said[-1]
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-MASKS = {"another size": image_bytes("P", (50, 50)), "RGB": image_bytes("RGB", (97, 97)), "truncated": image_bytes("P", (97, 97))[:80]}
+MASKS = {"another size": image_bytes("P", (50, 50)), "RGB": image_bytes("RGB", (97, 97)), "truncated": image_bytes("P", (97, 97))[:60]}
 
 
 @pytest.mark.parametrize("case", [*MASKS, "index out of range"])
@@ -629,9 +630,6 @@ def test_checkpoints_are_data_not_programs(finished, toy, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
     good = torch.load(finished / "checkpoint.pt", weights_only=True)
-    config = json.loads((finished / "config.json").read_text())
-    config["config"]["out"] = str(run)
-    (run / "config.json").write_text(json.dumps(config))
     whole = (finished / "checkpoint.pt").read_bytes()
     cases = {"pickle": lambda p: torch.save({"model": Evil()}, p), "cut": lambda p: p.write_bytes(whole[:len(whole) // 2]),
              "empty": lambda p: p.write_bytes(b""), "tensor": lambda p: torch.save(torch.ones(3), p),

@@ -17,7 +17,9 @@ if __name__ == "__main__":
     if len(sys.argv) < 4:
         sys.exit(__doc__)
     folder, kit, out, *ids = sys.argv[1:]
-    cfg, net, classes = train.restore_network(folder)
+    state, stored = train.load_run(folder)
+    cfg, classes = train.configure({}, folder, stored), state["classes"]
+    net = train.build(cfg, classes, state).eval()
     val, rows = VOC(kit, "val"), []
     line = train.Progress("failures")
     for n, i in enumerate([val.ids.index(name) for name in ids] or range(len(val))):

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
@@ -18,14 +17,12 @@ if __name__ == "__main__":
     if len(sys.argv) < 4:
         sys.exit(__doc__)
     folder, *photos, out = sys.argv[1:]
-    cfg, net, classes = train.restore_network(folder)
-    sheets = []
+    state, stored = train.load_run(folder)
+    cfg, classes = train.configure({}, folder, stored), state["classes"]
+    net, sheets = train.build(cfg, classes, state), []
     for argument in photos:
         photo, tags = argument.split("=")
         y = torch.tensor([float(name in tags.split(",")) for name in classes])
         sheets.append(train.panel(net, read_image(photo), y, classes, cfg, use_seg=cfg.rounds > 1))
-    sheet = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
-    for n, s in enumerate(sheets):
-        sheet.paste(s, (0, sum(t.height for t in sheets[:n])))
-    sheet.save(out, optimize=True)
+    train.stacked(sheets).save(out, optimize=True)
     print("written", out)

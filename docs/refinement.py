@@ -76,14 +76,14 @@ def quality(run, count):
         image, y = voc.image(i), voc.labels[i]
         I, k, target = to_tensor(image)[None], y.nonzero()[:, 0], voc.mask(i, image.size)
         band = trimap(target)
-        full = lambda M: F.interpolate(M, target.shape, mode="bilinear", align_corners=True)
+        full = lambda M: train.up(M, target.shape)
 
         def timed(name, f, *args):
             start = time.perf_counter()
             M = f(*args)
             ms[name].append(1000 * (time.perf_counter() - start))
             return M
-        S, _, mid = train.network_outputs(run.net, image, cfg)
+        S, _, _, mid = train.network_outputs(run.net, image, cfg)
         raw = refine.localization_maps(S[:, k], torch.ones(1, len(k)))
         walk = timed("affinity", lambda: refine.localization_maps(refine.affinity_guided(
             raw, mid, cfg.steps, cfg.strength, temperature=cfg.temperature), torch.ones(1, len(k))))
@@ -147,9 +147,9 @@ if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     torch.set_grad_enabled(False)
-    config = train.stored_config(sys.argv[1]) | {"out": sys.argv[1], "voc": sys.argv[2]}
-    cfg = train.configure({}, config)
-    run = train.Run(cfg, resume=True)
+    state, stored = train.load_run(sys.argv[1])
+    stored.voc = sys.argv[2]
+    run = train.Run(train.configure({}, sys.argv[1], stored), state)
     run.net.eval()
     quality(run, int(sys.argv[3]) if len(sys.argv) > 3 else 60)
     speed()
