@@ -294,7 +294,7 @@ def _texture(rng, size, colour):
 def _inside(shape, u, v):
     """Which points (u,v) lie in a shape of radius 1."""
     return {"disc": u ** 2 + v ** 2 < 1, "square": np.maximum(abs(u), abs(v)) < 0.75,
-            "triangle": np.maximum(-v, 0.87 * abs(u) + 0.5 * v) < 0.5,
+            "triangle": np.maximum(-v, 0.87 * abs(u) + 0.5 * v) < 0.6,
             "cross": (np.minimum(abs(u), abs(v)) < 0.3) & (np.maximum(abs(u), abs(v)) < 1)}[shape]
 
 
@@ -305,7 +305,7 @@ def make_toy(root, train=240, val=60, size=97, seed=0):
     shape has a hue of its own, give or take, so that six small conv blocks learn it from tags within a minute.
     """
     root, rng = Path(root), np.random.default_rng(seed)
-    hues = np.array([(200, 70, 60), (70, 90, 200), (60, 170, 80), (210, 180, 50)])
+    hues = np.array([(200, 70, 60), (70, 90, 200), (50, 190, 60), (210, 180, 50)])
     for folder in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     ids = [f"toy_{n:04d}" for n in range(train + val)]
