@@ -57,12 +57,17 @@ def read_image(path):
     return decoded(path, open_image(path), convert)
 
 
+def open_mask(path, size):
+    """Open a mask and check the header only: an indexed or grey image of its image's (W,H). Raises InputError."""
+    mask = open_image(path)
+    if mask.mode not in ("P", "L") or mask.size != size:
+        raise InputError(f"{path}: mode {mask.mode}, {mask.size} pixels; expected an indexed PNG of its image's {size}; re-export it")
+    return mask
+
+
 def read_mask(path, size, num_classes):
     """Palette or grey PNG -> (H,W) uint8 with 0..num_classes and 255. size is the image's (W,H). Raises InputError."""
-    image = open_image(path)
-    if image.mode not in ("P", "L") or image.size != size:
-        raise InputError(f"{path}: mode {image.mode}, {image.size} pixels; expected an indexed PNG of its image's {size}; re-export it")
-    mask = decoded(path, image, np.array)
+    mask = decoded(path, open_mask(path, size), np.array)
     wrong = mask[(mask > num_classes) & (mask != IGNORE)]
     if wrong.size:
         raise InputError(f"{path}: index {wrong[0]}; expected 0..{num_classes} or 255; re-export it with this class list")
@@ -127,7 +132,7 @@ class VOC:
         self.split, self.ids, self.difficult = split, read_list(lists / f"{split}.txt"), difficult
         names = self.root / "classes.txt"
         self.classes = [line.strip() for line in names.read_text().splitlines() if line.strip()] if names.exists() else VOC_CLASSES
-        self.labels = None                                         # (n,K) float32, filled by scan_tags
+        self.labels = None                                         # (n,K) float32, filled by scan
 
     def __len__(self):
         return len(self.ids)
@@ -139,20 +144,24 @@ class VOC:
         """PIL RGB image i. Raises InputError."""
         return read_image(self.image_path(i))
 
-    def scan_tags(self, progress=lambda done, total: None):
-        """Read every tag and check every image's header and end before training begins. Sets and returns labels (n,K)."""
-        labels = torch.zeros(len(self), len(self.classes))
+    def scan(self, progress, masks=False):
+        """Read every tag, check every image's header and end and, with masks, every mask's header, before training begins.
+
+        Sets and returns labels (n,K) float32. Raises InputError.
+        """
+        self.labels = torch.zeros(len(self), len(self.classes))
         for i, name in enumerate(self.ids):
-            path = self.image_path(i)
+            path, mask = self.image_path(i), self.mask_path(i) if masks else None
             with open_image(path) as image:
-                kind = image.format
+                kind, size = image.format, image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size
             if kind == "JPEG" and b"\xff\xd9" not in path.read_bytes()[-4096:]:   # no end marker: let the decoder say
                 read_image(path)
+            if mask:
+                open_mask(mask, size).close()
             for tag in read_tags(self.root / "Annotations" / f"{name}.xml", self.classes, self.difficult):
-                labels[i, self.classes.index(tag)] = 1
+                self.labels[i, self.classes.index(tag)] = 1
             progress(i + 1, len(self))
-        self.labels = labels
-        return labels
+        return self.labels
 
     def mask_path(self, i):
         """Path of image i's mask, from SegmentationClassAug or SegmentationClass, or None where there is none."""

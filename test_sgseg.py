@@ -34,6 +34,10 @@ HERE = Path(__file__).parent
 torch.set_num_threads(2)
 
 
+def print_nothing(done, total):
+    pass
+
+
 # ---- refine.py against oracles -----------------------------------------------------------------------------------------
 
 
@@ -289,7 +293,7 @@ def test_palette_is_vocs():
 def test_toy_masks_tags_and_borders_agree(toy):
     for split in ("train", "val"):
         voc = VOC(toy, split)
-        labels = voc.scan_tags()
+        labels = voc.scan(print_nothing)
         for i in range(len(voc)):
             mask = voc.mask(i, voc.image(i).size)
             assert set(np.unique(mask)) - {0, 255} == set((labels[i].nonzero()[:, 0] + 1).tolist())
@@ -298,7 +302,7 @@ def test_toy_masks_tags_and_borders_agree(toy):
 
 def test_crops_are_a_function_of_seed_epoch_and_index_and_move_labels_with_pixels(toy):
     voc = VOC(toy, "train")
-    voc.scan_tags()
+    voc.scan(print_nothing)
     get = lambda seed, epoch, i: Crops(voc, 65, 97, (0.5, 1.5), seed, epoch, voc.mask_path)[i]
     a, b = get(0, 3, 5), get(0, 3, 5)
     assert all(torch.equal(torch.as_tensor(u), torch.as_tensor(v)) for u, v in zip(a, b))
@@ -306,7 +310,7 @@ def test_crops_are_a_function_of_seed_epoch_and_index_and_move_labels_with_pixel
     assert a[0].shape == (3, 65, 65) and a[2].shape == (65, 65) and 0 <= a[0].min() and a[0].max() <= 1
     marked = make_toy(toy.parent / "marked", train=4, val=1)       # an image that equals its own label map
     voc = VOC(marked, "train")
-    voc.scan_tags()
+    voc.scan(print_nothing)
     for i in range(4):
         mask = np.zeros((97, 97), np.uint8)
         mask[20:60, 30:80] = 1
@@ -413,7 +417,7 @@ def test_run_folder_explains_itself(learnt):
 
 def test_absent_tags_never_appear_in_pseudo_labels(learnt):
     voc = VOC(learnt / "toy", "train")
-    labels = voc.scan_tags()
+    labels = voc.scan(print_nothing)
     for i in range(len(voc)):
         for r in (1, 2):
             found = set(np.unique(np.array(Image.open(learnt / "pseudo" / f"round{r}" / f"{voc.ids[i]}.png")))) - {0, 255}
@@ -568,6 +572,8 @@ BROKEN = {
     "malformed XML": (XML, b"<annotation><object>"), "unknown class": (XML, b"<annotation><object><name>dragon</name></object></annotation>"),
     "entity bomb": (XML, BOMB.encode()), "no tag": (XML, b"<annotation></annotation>"), "empty XML": (XML, b""),
     "zero bytes": (JPG, b""), "not an image": (JPG, b"hello" * 100), "1x1": (JPG, image_bytes("RGB", (1, 1), "JPEG")),
+    "val mask of another size": ("SegmentationClass/toy_0025.png", image_bytes("P", (50, 50))),
+    "val mask in RGB": ("SegmentationClass/toy_0025.png", image_bytes("RGB", (97, 97))),
     "truncated": (JPG, lambda old: old[:len(old) // 2]), "bomb of pixels": (JPG, image_bytes("1", (30000, 30000))),
 }
 

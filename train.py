@@ -216,7 +216,7 @@ class Run:
         if not cfg.voc and not (kit / "classes.txt").exists():
             make_toy(kit)
         self.voc = VOC(kit, "train", cfg.difficult)
-        labels = self.voc.scan_tags(Progress("scan"))
+        labels = self.voc.scan(Progress("scan train"))
         unmasked = [name for i, name in enumerate(self.voc.ids) if cfg.supervised and not self.voc.mask_path(i)]
         if unmasked:
             raise InputError(f"{self.voc.root}: no mask of {unmasked[0]}; expected one for every image with --supervised; add it")
@@ -227,6 +227,8 @@ class Run:
             self.val = VOC(kit, "val", cfg.difficult)
         except InputError as e:
             self.val = print(f"warning: no validation: {e}", file=sys.stderr)
+        if self.val:
+            self.val.scan(Progress("scan val"), masks=True)
         self.net = build(cfg, self.voc.classes, state)
         pretrained = cfg.weights != "none"
         for module in self.net.backbone.frozen_modules() if pretrained else ():
@@ -527,11 +529,10 @@ def panel(net, image, y, classes, cfg, use_seg=False, truth=None, width=160):
 def draw_panels(run, count=4):
     """panels/roundN.png: the same few images at every round. Val images, whose masks may be looked at, or training ones."""
     voc, sheets = run.val or run.voc, []
-    labels = voc.scan_tags() if voc.labels is None else voc.labels
     for i in np.linspace(0, len(voc) - 1, min(count, len(voc))).astype(int):
         image = voc.image(i)
         truth = voc.mask(i, image.size) if voc is run.val and voc.mask_path(i) else None
-        sheets.append(panel(run.net, image, labels[i], voc.classes, run.cfg, run.at["round"] > 1, truth))
+        sheets.append(panel(run.net, image, voc.labels[i], voc.classes, run.cfg, run.at["round"] > 1, truth))
     write(run.folder / "panels" / f"round{run.at['round']}.png", stacked(sheets))
 
 
