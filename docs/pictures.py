@@ -24,5 +24,6 @@ if __name__ == "__main__":
         photo, tags = argument.split("=")
         y = torch.tensor([float(name in tags.split(",")) for name in classes])
         sheets.append(train.panel(net, read_image(photo), y, classes, cfg, use_seg=cfg.rounds > 1))
-    train.stacked(sheets).save(out, optimize=True)
+    sheet = train.stacked(sheets)
+    sheet.crop((0, 0, sheet.width * 6 // 7, sheet.height)).save(out, optimize=True)   # no ground truth: the last column is empty
     print("written", out)
