@@ -1,8 +1,7 @@
 """PASCAL VOC as it is distributed: image tags for training, masks for scoring only; a toy set in the same layout; mIoU.
 
-Training reads JPEGImages, Annotations and ImageSets. `VOC.mask` is the only function that decodes SegmentationClass*, and only
-evaluation (and `--supervised`, the upper bound) calls it on training images. A folder with other classes than VOC's twenty
-names them in a file classes.txt, one a line, beside ImageSets.
+Training reads JPEGImages, Annotations and ImageSets; SegmentationClass* is for scoring, and for `--supervised`, the upper bound.
+A folder with other classes than VOC's twenty names them in a file classes.txt, one a line, beside ImageSets.
 """
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -27,23 +26,20 @@ class InputError(Exception):
 
 # ---- files -> arrays ---------------------------------------------------------------------------------------------------
 
-def open_image(path):
-    """Open and check the header only: a PIL image whose sides are 16 px or more, at most 64 megapixels. Raises InputError."""
-    try:
-        image = Image.open(path, formats=("JPEG", "PNG"))
-    except Exception as e:                                         # Pillow's parsers raise a dozen types on broken files
-        raise InputError(f"{path}: not an image that can be read ({e}); expected JPEG or PNG; replace it or unlist its id")
-    if min(image.size) < 16 or image.width * image.height > 64_000_000:
-        raise InputError(f"{path}: {image.size} pixels; expected 16 or more a side, at most 64 million; resize it or unlist its id")
-    return image
-
-
 def decoded(path, image, convert):
-    """convert(image), every failure of Pillow's decoders turned into InputError."""
+    """convert(image), every failure of Pillow's parsers and decoders, a dozen types, turned into InputError."""
     try:
         return convert(image)
     except Exception as e:
-        raise InputError(f"{path}: cannot be decoded ({e}); expected a whole JPEG or PNG; replace it or unlist its id")
+        raise InputError(f"{path}: cannot be read as an image ({e}); expected a whole JPEG or PNG; replace it or unlist its id")
+
+
+def open_image(path):
+    """Open and check the header only: a PIL image whose sides are 16 px or more, at most 64 megapixels. Raises InputError."""
+    image = decoded(path, path, lambda path: Image.open(path, formats=("JPEG", "PNG")))
+    if min(image.size) < 16 or image.width * image.height > 64_000_000:
+        raise InputError(f"{path}: {image.size} pixels; expected 16 or more a side, at most 64 million; resize it or unlist its id")
+    return image
 
 
 def read_image(path):
@@ -54,6 +50,15 @@ def read_image(path):
             image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
         return image.convert("RGB")
     return decoded(path, open_image(path), convert)
+
+
+def upright_size(path):
+    """(W,H) after EXIF rotation, from the header; a JPEG without its end marker is decoded to see. Raises InputError."""
+    with open_image(path) as image:
+        turned = decoded(path, image, lambda image: image.getexif().get(0x0112, 1) > 4)
+        if image.format == "JPEG" and b"\xff\xd9" not in Path(path).read_bytes()[-4096:]:
+            read_image(path)
+        return image.size[::-1] if turned else image.size
 
 
 def open_mask(path, size):
@@ -124,6 +129,8 @@ class VOC:
         self.ids = read_list(lists / ("train_aug.txt" if split == "train" and (lists / "train_aug.txt").exists() else f"{split}.txt"))
         lines = names.read_text(errors="replace").splitlines() if names.exists() else VOC_CLASSES
         self.classes = [line.strip() for line in lines if line.strip()]
+        if not 0 < len(set(self.classes)) == len(self.classes) < 255:
+            raise InputError(f"{names}: {len(self.classes)} classes; expected 1 to 254 different names, one a line; mend it")
 
     def __len__(self):
         return len(self.ids)
@@ -149,11 +156,7 @@ class VOC:
         Sets and returns labels (n,K) float32. Raises InputError."""
         self.labels = torch.zeros(len(self), len(self.classes))
         for i, name in enumerate(self.ids):
-            path, mask = self.image_path(i), self.mask_path(i) if masks else None
-            with open_image(path) as image:
-                kind, size = image.format, image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size
-            if kind == "JPEG" and b"\xff\xd9" not in path.read_bytes()[-4096:]:   # no end marker: let the decoder say
-                read_image(path)
+            size, mask = upright_size(self.image_path(i)), self.mask_path(i) if masks else None
             if mask:
                 open_mask(mask, size).close()
             for tag in read_tags(self.root / "Annotations" / f"{name}.xml", self.classes, self.difficult):

@@ -54,7 +54,7 @@ def neighbours(h, w, dilations, device=None):
 def affinity(features, dilations=(1, 2, 4, 8), temperature=0.08):
     """A_ij = exp(cos(f_i, f_j) / temperature) between neighbours, f the features less their mean over the image.
 
-    features (B,C,h,w). Returns A (B,h*w,N) > 0, zero where a neighbour leaves the grid; index (h*w,N). Taking the mean
+    features (B,C,h,w). Returns A (B,h*w,N) >= 0, zero where a neighbour leaves the grid; index (h*w,N). Taking the mean
     away makes the cosine say "alike for this image". Our choice: the cosine as in SEAM (Wang et al. 2020), the local graph
     as in PAMR (Araslanov & Roth 2020); temperature and dilations chosen on ../shared/voc's training masks, then frozen.
     """
@@ -145,7 +145,7 @@ def guided_filter(p, I, radius, eps):
         raise ValueError(f"want p {tuple(p.shape)} and I {tuple(I.shape)} of one size, radius >= 0 and eps > 0")
     B, K, H, W = p.shape
     mI, mp = I.mean((2, 3), keepdim=True), p.mean((2, 3), keepdim=True)
-    I, p = I - mI, p - mp                                          # the filter is affine: centring keeps float32 sums exact
+    I, p = I - mI, p - mp                                          # the filter is affine: centring keeps float32 sums small
     pairs = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
     moments = [I, p, *(I[:, [i]] * I[:, [j]] for i, j in pairs), *(I * p[:, [k]] for k in range(K))]
     m = box_mean(torch.cat(moments, 1), radius)                    # (B,9+4K,H,W) in one pass
@@ -153,15 +153,16 @@ def guided_filter(p, I, radius, eps):
     s = [II[:, n] - mu[:, i] * mu[:, j] + (eps if i == j else 0) for n, (i, j) in enumerate(pairs)]   # Sigma + eps U
     c = Ip.unflatten(1, (K, 3)) - mu[:, None] * pm[:, :, None]     # (B,K,3,H,W) covariance of map and colours
     c0, c1, c2 = c.transpose(1, 2).unbind(1)                       # (B,K,H,W) each
-    s00, s01, s02, s11, s12, s22 = (m[:, None] for m in s)         # solve (Sigma + eps U) a = c by LDL^T, in closed form
-    l10, l20 = s01 / s00, s02 / s00
-    d1 = (s11 - l10 * s01).clamp_min(eps)                          # exact arithmetic never goes below eps, float32 may
+    s00, s01, s02, s11, s12, s22 = (m[:, None] for m in s)         # solve (Sigma + eps U) a = c by LDL^T, in closed form;
+    d0 = s00.clamp_min(eps)                                        # exact pivots are never below eps, float32's may be
+    l10, l20 = s01 / d0, s02 / d0
+    d1 = (s11 - l10 * s01).clamp_min(eps)
     l21 = (s12 - l10 * s02) / d1
     d2 = (s22 - l20 * s02 - l21 ** 2 * d1).clamp_min(eps)
     c1 = c1 - l10 * c0
     a2 = (c2 - l20 * c0 - l21 * c1) / d2
     a1 = c1 / d1 - l21 * a2
-    a = torch.stack([c0 / s00 - l10 * a1 - l20 * a2, a1, a2], 2)   # (B,K,3,H,W)
+    a = torch.stack([c0 / d0 - l10 * a1 - l20 * a2, a1, a2], 2)   # (B,K,3,H,W)
     b = pm - (a * mu[:, None]).sum(2)                              # (B,K,H,W)
     ab = box_mean(torch.cat([a.flatten(1, 2), b], 1), radius)      # (B,4K,H,W)
     return (ab[:, :3 * K].unflatten(1, (K, 3)) * I[:, None]).sum(2) + ab[:, 3 * K:] + mp
@@ -193,6 +194,4 @@ def pseudo_labels(maps, labels, lo, hi):
     if not 0 <= lo <= hi <= 1:
         raise ValueError(f"want 0 <= lo <= hi <= 1, got lo {lo} and hi {hi}")
     best, k = (maps * labels[:, :, None, None]).max(1)             # (B,H,W)
-    out = torch.full_like(k, IGNORE)
-    out[best < lo] = 0
-    return torch.where((best > hi) & (best > 0), k + 1, out).to(torch.uint8)
+    return torch.where(best > hi, k + 1, torch.where(best < lo, 0, IGNORE)).to(torch.uint8)

@@ -178,9 +178,16 @@ def test_gradients_flow_where_they_should_and_stop_where_they_should():
     labels[0, :32] = 1
     train.losses(net, x, y, labels)[1].backward()
     assert all(p.grad is not None for p in [*net.seg.parameters(), *net.backbone.parameters()])
-    Z = torch.randn(1, 5, 17, 17, requires_grad=True)
-    F.cross_entropy(Z, labels[:1, ::4, ::4], ignore_index=255).backward()
-    assert not Z.grad[..., 9:, :].any() and Z.grad[..., :8, :].any()   # nothing moves where the label says 255
+    kept, seg = [], net.seg.forward
+
+    def keep(mid, high):
+        kept.append(seg(mid, high))
+        kept[0].retain_grad()
+        return kept[0]
+    net.seg.forward = keep
+    train.losses(net, x, y, labels)[1].backward()
+    grad = kept[0].grad                                            # (2,5,9,9): nothing moves where the label says 255
+    assert grad[0, :, :4].any() and not grad[0, :, 5:].any() and not grad[1].any()
 
 
 # ---- sgseg.py ----------------------------------------------------------------------------------------------------------
@@ -461,12 +468,18 @@ def test_ablation_switches_and_upper_bound(toy, tmp_path):
 
 
 def test_killed_at_random_moments_and_resumed_equals_never_stopped(toy, finished, tmp_path):
-    rng, out, kills = random.Random(time.time()), tmp_path / "run", 0
+    seed = int(time.time())
+    print("seed", seed)
+    rng, out, kills = random.Random(seed), tmp_path / "run", 0
     argv = [sys.executable, HERE / "train.py", *options(toy, out, "--save-minutes", "0")]
     while True:
         process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        before = (out / "checkpoint.pt").stat().st_mtime_ns if (out / "checkpoint.pt").exists() else 0
         try:
-            process.wait(timeout=rng.uniform(2.5, 5.0) if kills < 4 else 100)
+            while kills < 3 and process.poll() is None and (not (out / "checkpoint.pt").exists() or
+                                                            (out / "checkpoint.pt").stat().st_mtime_ns == before):
+                time.sleep(0.02)                                   # until it trains
+            process.wait(timeout=rng.uniform(0, 0.6) if kills < 3 else 100)
             assert process.returncode == 0, process.stderr.read()
             break
         except subprocess.TimeoutExpired:
@@ -474,10 +487,8 @@ def test_killed_at_random_moments_and_resumed_equals_never_stopped(toy, finished
             process.wait()
             kills += 1
         argv = [sys.executable, HERE / "train.py", "--out", str(out), "--resume", "--device", "cpu"]
-        if not (out / "checkpoint.pt").exists():                   # killed while torch was still being imported
-            argv = [sys.executable, HERE / "train.py", *options(toy, out, "--save-minutes", "0")]
     a, b = product(finished), product(out)
-    assert same(a, b) and kills > 0
+    assert same(a, b) and kills >= 2
 
 
 @pytest.mark.parametrize("phase", ["refine", "update"])
@@ -534,9 +545,10 @@ def test_full_disk_keeps_the_old_checkpoint(finished, toy, tmp_path, monkeypatch
     monkeypatch.setattr(os, "fsync", full)
     assert train.main(options(toy, out, "--save-minutes", "0")) == 2
     assert "No space left" in capsys.readouterr().err and not list(out.rglob("*.tmp"))
-    assert train.load_run(out)[0]["at"]["step"] >= 0                  # whole
+    assert train.load_run(out)[0]["at"]["epoch"] == 0                 # whole
     monkeypatch.undo()
     assert train.main(["--out", str(out), "--resume"]) == 0
+    assert same(product(finished), product(out))
 
 
 def test_a_loss_that_is_not_finite_names_step_images_and_last_good_state(toy, tmp_path, monkeypatch, capsys):
@@ -642,13 +654,14 @@ def test_checkpoints_are_data_not_programs(finished, toy, tmp_path, capsys):
              "another's": lambda p: torch.save({"x": 1}, p),
              "backbone": lambda p: torch.save({**good, "config": {**good["config"], "backbone": "vgg16"}}, p),
              "classes": lambda p: torch.save({**good, "classes": ["cat", "dog"]}, p),
+             "optimizer": lambda p: torch.save({**good, "optimizer": {}}, p),
              "weights": lambda p: torch.save({**good, "model": {"cam.weight": torch.ones(1)}}, p)}
     for name, spoil in cases.items():
         spoil(run / "checkpoint.pt")
         assert train.main(["--out", str(run), "--resume"]) == 2, name
         said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
         assert len(said) == 1 and "checkpoint.pt" in said[0] and "expected" in said[0], name
-        assert train.main(["--out", str(run), "--segment", str(toy / JPG)]) in ((2,) if name != "classes" else (0, 2)), name
+        assert train.main(["--out", str(run), "--segment", str(toy / JPG)]) == 2 or name == "optimizer", name
         capsys.readouterr()
     assert not Path("/tmp/sgseg_was_here").exists()
 
@@ -672,7 +685,8 @@ def mutate(content, rng):
 def fuzz(kit, count, seed=0):
     """Mutated XML, lists, JPEGs and PNGs through the loader: {kind: (loaded, refused)}; anything else raises."""
     rng, voc = random.Random(seed), VOC(kit, "train")
-    readers = {"xml": (kit / XML, lambda p: read_tags(p, voc.classes)), "list": (kit / LIST, read_list), "jpeg": (kit / JPG, read_image),
+    readers = {"xml": (kit / XML, lambda p: read_tags(p, voc.classes)), "list": (kit / LIST, read_list),
+               "jpeg": (kit / JPG, lambda p: (data.upright_size(p), read_image(p))),
                "png": (voc.mask_path(3), lambda p: read_mask(p, (97, 97), 4))}
     counts = {kind: [0, 0] for kind in readers}
     for n in range(count):

@@ -54,13 +54,13 @@ class Config:
     size: int = option(500, "long side at refining and testing; training scales it (VOC's own long side)", toy=97, least=17)
     scale_min: float = option(0.5, "least random scale of --size in training (our choice)", toy=0.75, least=0.01)
     scale_max: float = option(1.0, "largest random scale of --size in training (our choice)", toy=1.25, least=0.01)
-    lr: float = option(0.01, "SGD learning rate, heads x10, polynomial decay 0.9 in every phase (DeepLab's)", toy=0.1, least=1e-9)
+    lr: float = option(0.01, "SGD learning rate, heads x10 on ImageNet weights, polynomial decay 0.9 in every phase (DeepLab's)", toy=0.1, least=1e-9)
     weight_decay: float = option(1e-4, "SGD weight decay (our choice)", least=0)
     affinity: bool = option(True, "stage 2, affinity guidance")
     self_guided: bool = option(True, "stage 3, self-guided refinement")
     steps: int = option(40, "steps of the affinity walk (tuned)", least=0)
     strength: float = option(100.0, "lambda of the affinity energy (tuned)", toy=5.0, least=0)
-    temperature: float = option(0.08, "of the affinity exp(cos / temperature) (tuned)", least=1e-3)
+    temperature: float = option(0.08, "of the affinity exp(cos / temperature) (tuned)", least=0.05)
     radius: int = option(48, "window radius of the guided filter, pixels (tuned)", toy=12, least=0)
     eps: float = option(1e-5, "eps of the guided filter (tuned)", toy=1e-3, least=1e-9)
     soften: float = option(2.0, "divides the segmentation logits when rounds after the first refine them (tuned)", least=1e-3)
@@ -84,7 +84,7 @@ def check(cfg):
             raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: out of range; expected {expected}; change it")
     for f in fields(Config):
         if f.metadata["least"] is not None:
-            need(f.metadata["least"] <= getattr(cfg, f.name) < float("inf"), f.name, f"{f.metadata['least']} or more")
+            need(f.metadata["least"] <= getattr(cfg, f.name) < 2 ** 31, f.name, f"{f.metadata['least']} or more")
     need(cfg.backbone in BACKBONES, "backbone", f"one of {', '.join(BACKBONES)}")
     need(cfg.backbone != "tiny" or cfg.weights == "none", "weights", "none with tiny, which has no ImageNet weights")
     for lo, hi in (("lo", cfg.hi), ("seg_lo", cfg.seg_hi)):
@@ -154,7 +154,8 @@ def load_run(folder):
     if not {"config", "classes", "model", "optimizer", "rng", "at", "metrics"} <= set(state) or not isinstance(
             state["config"], dict) or set(state["config"]) != {f.name for f in fields(Config)}:
         raise InputError(f"{path}: not a run's checkpoint; expected one that this version of train.py wrote; give its run folder")
-    return state, Config(**{**state["config"], "out": str(folder), "device": "auto"})
+    device = "cpu" if state["config"]["device"] == "cpu" else "auto"   # to the bit means on the same kind of device
+    return state, Config(**{**state["config"], "out": str(folder), "device": device})
 
 
 def build(cfg, classes, state=None):
@@ -163,13 +164,14 @@ def build(cfg, classes, state=None):
     net = SGSeg(len(classes), cfg.backbone)
     try:
         if state:
-            assert list(state["classes"]) == list(classes), f"its classes are {state['classes']}"
+            if list(state["classes"]) != list(classes):
+                raise ValueError(f"its classes are {state['classes']}")
             net.load_state_dict(state["model"])
         elif cfg.weights == "none":
             print(f"{cfg.backbone}: trained from scratch")
         else:
             net.backbone.load_imagenet(imagenet_weights(cfg.backbone, cfg.weights))
-    except (RuntimeError, AttributeError, TypeError, AssertionError) as e:
+    except (RuntimeError, AttributeError, TypeError, ValueError) as e:
         raise InputError(f"{'checkpoint.pt' if state else cfg.weights}: does not fit {cfg.backbone} with {len(classes)} classes "
                          f"({str(e)[:120]}); expected weights of this network; give the run's own --voc, or other --weights")
     return net.to(cfg.device, memory_format=torch.channels_last)
@@ -201,9 +203,9 @@ class Run:
     """All that changes while training: net, optimizer, the position `at`, and the metrics so far."""
 
     def __init__(self, cfg, state=None, argv=()):
-        """A new run, saved at once, or the one whose checkpoint dict `state` is. Raises InputError."""
-        self.cfg, self.folder, self.signal = cfg, Path(cfg.out), None
-        if not state and (self.folder / "checkpoint.pt").exists():
+        """A new run, or the one whose checkpoint dict `state` is. Raises InputError."""
+        self.cfg, self.folder, self.signal, self.val, self.saved = cfg, Path(cfg.out), None, None, time.time()
+        if not state and any((self.folder / name).exists() for name in ("checkpoint.pt", "pseudo")):
             raise InputError(f"{self.folder}: holds a run; expected a new folder; --resume goes on with it, another --out "
                              "leaves it alone, deleting the folder starts over")
         kit = cfg.voc or self.folder / "toy"
@@ -216,9 +218,9 @@ class Run:
         if cfg.supervised and not all(self.voc.mask_path(i) for i in range(len(self.voc))):
             raise InputError(f"{self.voc.root}: masks are missing; expected one for every image with --supervised; add them")
         try:
-            self.val = VOC(kit, "val", cfg.difficult)
+            self.val = VOC(kit, "val")
         except InputError as e:
-            self.val = print(f"warning: no validation: {e}", file=sys.stderr)
+            print(f"warning: no validation: {e}", file=sys.stderr)
         if self.val:
             self.val.scan(Progress("scan val"), masks=True)
         self.net = build(cfg, self.voc.classes, state)
@@ -231,20 +233,22 @@ class Run:
                                    cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay)
         self.at, self.metrics = {"round": 0, "phase": "update", "epoch": 0, "step": 0, "sums": [0.0, 0.0]}, []
         if state:
-            self.opt.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"])
-            self.at, self.metrics, self.saved = state["at"], state["metrics"], time.time()
+            try:
+                self.opt.load_state_dict(state["optimizer"])
+                torch.set_rng_state(state["rng"])
+            except (KeyError, TypeError, ValueError, RuntimeError) as e:
+                raise InputError(f"{self.folder}/checkpoint.pt: spoilt ({e!r}); expected what train.py wrote; start a new --out")
+            self.at, self.metrics = state["at"], state["metrics"]
         else:
             versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
             write(self.folder / "config.json", json.dumps({"config": asdict(cfg), "command": list(argv), "versions": versions,
                                                            "threads": torch.get_num_threads()}, indent=1))
-            self.save()
 
     def save(self):
         state = {"config": asdict(self.cfg), "classes": list(self.voc.classes), "model": self.net.state_dict(),
                  "optimizer": self.opt.state_dict(), "rng": torch.get_rng_state(), "at": self.at, "metrics": self.metrics}
-        write(self.folder / "checkpoint.pt", state)
-        write(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
+        write(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))   # first: a resumed run
+        write(self.folder / "checkpoint.pt", state)                # overwrites metrics that are ahead, not those behind
         self.saved = time.time()
 
     def stop_if_asked(self):
@@ -295,9 +299,9 @@ def stages(net, image, y, cfg, use_seg):
     S, _, Z, mid = network_outputs(net, image, cfg)
     k = y.nonzero()[:, 0].to(S.device)                             # (P,) the tagged classes
     tags, least = torch.ones(1, len(k), device=S.device), cfg.least if use_seg else 1e-5
-    p = (Z[:, torch.cat([k.new_zeros(1), k + 1])] / cfg.soften).softmax(1)[:, 1:]
-    M = p if use_seg else refine.localization_maps(S[:, k], tags)  # (1,P,h/8,w/8)
-    out = {"cam": M}
+    out = {"cam": (Z[:, torch.cat([k.new_zeros(1), k + 1])] / cfg.soften).softmax(1)[:, 1:] if use_seg else
+           refine.localization_maps(S[:, k], tags)}
+    M = out["cam"]                                                 # (1,P,h/8,w/8)
     if cfg.affinity:
         M = refine.affinity_guided(M, mid, cfg.steps, cfg.strength, temperature=cfg.temperature)
     M = out["affinity"] = refine.localization_maps(M, tags, least)   # the walk lowers peaks: stretch them again
@@ -342,8 +346,9 @@ def batches(run, size):
 
 
 def quiet(_):
-    """Loader processes leave Ctrl-C, which reaches the whole group, to the trainer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Loader processes leave signals, which may reach the whole group, to the trainer."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def losses(net, x, y, labels):
@@ -379,13 +384,13 @@ def update(run):
             x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 L_cls, L_seg = losses(net, x, y.to(device), labels.to(device))
-            values = L_cls.item(), L_seg.item()
-            if not np.isfinite(sum(values)):
-                raise InputError(f"{run.folder}: loss {values} at epoch {at['epoch']} step {at['step']}, images "
-                                 f"{' '.join(run.voc.ids[i] for i in index)}; expected finite numbers; lower --lr; "
-                                 f"the last good state is {run.folder / 'checkpoint.pt'}")
             run.opt.zero_grad()
             (L_cls + L_seg).backward()
+            values, norm = (L_cls.item(), L_seg.item()), torch.nn.utils.clip_grad_norm_(net.parameters(), float("inf")).item()
+            if not np.isfinite(sum(values) + norm):
+                raise InputError(f"{run.folder}: losses {values}, gradient {norm} at epoch {at['epoch']} step {at['step']}, images "
+                                 f"{' '.join(run.voc.ids[i] for i in index)}; expected finite numbers; start a new --out with a "
+                                 f"lower --lr; the last good state is {run.folder / 'checkpoint.pt'}")
             run.opt.step()
             at["sums"] = [a + b for a, b in zip(at["sums"], values)]
             at["step"] += 1
@@ -546,6 +551,8 @@ def train(run):
 def segment_photos(state, cfg, photos):
     """NAME.png (palette indices) and NAME_overlay.png in RUN/segmented for each photo, from a run's checkpoint."""
     net = build(cfg, state["classes"], state).eval()
+    if len({Path(photo).stem for photo in photos}) < len(photos):
+        raise InputError("--segment: two photos of one name; expected different names; segment them one after the other")
     for photo in photos:
         image, at = read_image(photo), Path(cfg.out) / "segmented" / Path(photo).stem
         label = segment(net, image, cfg)
@@ -575,11 +582,10 @@ def parse(argv):
     return given, resume, score, photos, score or given.get("out") or ("runs/voc" if given.get("voc") or photos else "runs/toy")
 
 
-def configure(given, folder, stored=None):
-    """Options given over the toy's or VOC's defaults; over a stored Config, where only device and workers may differ."""
+def configure(given, folder, stored=None, free=("device", "workers", "out")):
+    """Options given over the toy's or VOC's defaults; or over a stored Config, where only those in `free` may differ."""
     toy = {f.name: f.metadata["toy"] for f in fields(Config) if f.metadata["toy"] is not None and not given.get("voc")}
-    differ = [name for name, value in given.items() if stored and name not in ("device", "workers", "out") and
-              getattr(stored, name) != value]
+    differ = [name for name, value in given.items() if stored and name not in free and getattr(stored, name) != value]
     if differ:
         raise InputError(f"{folder}: the run has " + ", ".join(f"--{n.replace('_', '-')} {getattr(stored, n)}, not {given[n]}"
                          for n in differ) + "; expected the same; leave them out to go on, or start a new --out")
@@ -592,13 +598,14 @@ def command(argv):
     """Do what the command line asks: train, resume, score, or segment photos. Raises InputError, Stopped."""
     given, resume, score, photos, folder = parse(argv)
     state, stored = load_run(folder) if resume or score or photos else (None, None)
-    cfg = configure(given, folder, stored)
+    cfg = configure(given, folder, stored, ("device", "workers", "out", *(["voc"] if score else [])))
     if photos:
         return segment_photos(state, cfg, photos)
     start, run = time.time(), Run(cfg, state, argv)
     if not score:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, lambda signum, _: setattr(run, "signal", signum))
+        run.save()
         train(run)
     evaluate(run)
     print(f"{(time.time() - start) / 60:.1f} minutes; labels in {run.folder / 'pseudo'}, pictures in {run.folder / 'panels'}")
@@ -616,8 +623,8 @@ def main(argv=None):
     except KeyboardInterrupt:                                      # before training began, or while scoring
         return 130
     except (InputError, OSError) as e:
-        print(f"sgseg: {e}" if isinstance(e, InputError) else f"sgseg: {e.filename}: {e.strerror}; expected a file that can be read "
-              "or written; mend its permissions or its path", file=sys.stderr)
+        print(f"sgseg: {e}" if isinstance(e, InputError) else f"sgseg: {e.filename or 'output'}: {e.strerror or e}; expected a file "
+              "that can be read or written; mend its path, its permissions or the space", file=sys.stderr)
         return 2
 
 

@@ -103,7 +103,7 @@ def quality(run, count):
         line(n + 1, len(images))
     ms["affinity + self-guided"] = [a + b for a, b in zip(ms["affinity"], ms["affinity + self-guided"])]
     print(f"\n{len(images)} training images; in %; peak: best of a 0.05 grid by core\n")
-    print("| maps of one network | peak core-7 (t) | peak mIoU | core-7 at the fixed threshold | trimap core-7 | ms |\n|---|---|---|---|---|---|")
+    print("| maps of one network | peak core-7 (t) | mIoU there | core-7 at the fixed threshold | trimap core-7 | ms |\n|---|---|---|---|---|---|")
 
     def row(name, at, band_at, grid, fixed, times):
         t = max(grid, key=lambda t: summary(at(t), voc.classes)["core"])
