@@ -405,12 +405,12 @@ def update(run):
 
 @torch.no_grad()
 def segment(net, image, cfg):
-    """argmax_k [Z_k + log sigmoid(s_k)] of one PIL image, s_0 = infinity: (H,W) uint8. No tags, single scale, mirror averaged.
-
-    The classifier's probability that the class is in the image at all stands in for the tag (our choice, measured in the README).
-    """
+    """argmax_k [Z_k + log sigmoid(s_k) - max_j log sigmoid(s_j)] of one PIL image, background just Z_0: (H,W) uint8. No tags,
+    single scale, mirror averaged. The classifier's word on which classes are in the image at all stands in for the tags (our
+    choice, measured in the README)."""
     _, s, Z, _ = network_outputs(net, image, cfg)
-    Z[:, 1:] += F.logsigmoid(s)[:, :, None, None]
+    present = F.logsigmoid(s)                                      # (1,K)
+    Z[:, 1:] += (present - present.amax(1, keepdim=True))[:, :, None, None]
     return up(Z, image.size[::-1]).argmax(1)[0].to(torch.uint8).cpu().numpy()
 
 
