@@ -545,7 +545,7 @@ def test_full_disk_keeps_the_old_checkpoint(finished, toy, tmp_path, monkeypatch
     monkeypatch.setattr(os, "fsync", full)
     assert train.main(options(toy, out, "--save-minutes", "0")) == 2
     assert "No space left" in capsys.readouterr().err and not list(out.rglob("*.tmp"))
-    assert train.load_run(out)[0]["at"]["epoch"] == 0                 # whole
+    assert train.load_run(out)[0]["at"]["epoch"] <= 1 and not (out / "results.json").exists()   # the old one, whole
     monkeypatch.undo()
     assert train.main(["--out", str(out), "--resume"]) == 0
     assert same(product(finished), product(out))
