@@ -52,7 +52,7 @@ def dense_crf(image, labels):
     crf = dcrf.DenseCRF2D(labels.shape[1], labels.shape[0], len(names))
     crf.setUnaryEnergy(unary_from_labels(compact.reshape(labels.shape), len(names), gt_prob=0.7, zero_unsure=False))
     crf.addPairwiseGaussian(sxy=3, compat=3)
-    crf.addPairwiseBilateral(sxy=50, srgb=5, rgbim=np.ascontiguousarray(image), compat=10)
+    crf.addPairwiseBilateral(sxy=50, srgb=5, rgbim=np.array(image), compat=10)
     return names[np.argmax(np.array(crf.inference(10)), 0)].reshape(labels.shape)
 
 
