@@ -1,7 +1,7 @@
 """Tests on a toy devkit made in a temporary folder: every function against an oracle, the trainer end to end, and rubbish in.
 
-pytest test_sgseg.py                             everything but the long fuzzing, under two minutes on two cores
-SGSEG_SLOW=1 pytest -s -k ten_thousand test_sgseg.py   ten thousand mutated files through the loader
+pytest test_sgseg.py                        everything, under two minutes on two cores
+pytest -s -k ten_thousand test_sgseg.py     with the counts of ten thousand mutated files
 """
 import ast
 import doctest
@@ -705,12 +705,6 @@ def fuzz(kit, count, seed=0):
     return counts
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_mutated_files_load_or_raise_the_one_error(kit):
-    assert sum(map(sum, fuzz(kit, 400).values())) == 400
-
-
-@pytest.mark.skipif("SGSEG_SLOW" not in os.environ, reason="slow: set SGSEG_SLOW=1")
 @pytest.mark.filterwarnings("ignore")
 def test_ten_thousand_mutated_files(kit):
     counts = fuzz(kit, 10_000, seed=1)
