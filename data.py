@@ -136,6 +136,7 @@ class VOC:
         return len(self.ids)
 
     def image_path(self, i):
+        """Path of image i, JPEGImages/ID.jpg."""
         return self.root / "JPEGImages" / f"{self.ids[i]}.jpg"
 
     def image(self, i):

@@ -245,6 +245,7 @@ class Run:
                                                            "threads": torch.get_num_threads()}, indent=1))
 
     def save(self):
+        """Write metrics.jsonl and checkpoint.pt. Raises InputError; the old files are then still whole."""
         state = {"config": asdict(self.cfg), "classes": list(self.voc.classes), "model": self.net.state_dict(),
                  "optimizer": self.opt.state_dict(), "rng": torch.get_rng_state(), "at": self.at, "metrics": self.metrics}
         write(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))   # first: a resumed run
@@ -258,11 +259,13 @@ class Run:
             raise Stopped(self.signal)
 
     def save_if_due(self):
+        """stop_if_asked, and save when --save-minutes have passed since the last time."""
         self.stop_if_asked()
         if time.time() - self.saved > 60 * self.cfg.save_minutes:
             self.save()
 
     def log(self, **metric):
+        """Print a metric and keep it for metrics.jsonl."""
         self.metrics.append(metric)
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metric.items()), flush=True)
 

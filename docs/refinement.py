@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import refine
 import train
-from data import IGNORE, VOC, MapScores, confusion, summary, to_tensor
+from data import IGNORE, MapScores, confusion, summary, to_tensor
 
 try:
     import pydensecrf.densecrf as dcrf
