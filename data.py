@@ -61,17 +61,12 @@ def upright_size(path):
         return image.size[::-1] if turned else image.size
 
 
-def open_mask(path, size):
-    """Open a mask and check the header only: an indexed or grey image of its image's (W,H). Raises InputError."""
+def read_mask(path, size, num_classes):
+    """Palette or grey PNG -> (H,W) uint8 with 0..num_classes and 255. size is the image's (W,H). Raises InputError."""
     mask = open_image(path)
     if mask.mode not in ("P", "L") or mask.size != size:
         raise InputError(f"{path}: mode {mask.mode}, {mask.size} pixels; expected an indexed PNG of its image's {size}; re-export it")
-    return mask
-
-
-def read_mask(path, size, num_classes):
-    """Palette or grey PNG -> (H,W) uint8 with 0..num_classes and 255. size is the image's (W,H). Raises InputError."""
-    mask = decoded(path, open_mask(path, size), np.array)
+    mask = decoded(path, mask, np.array)
     wrong = mask[(mask > num_classes) & (mask != IGNORE)]
     if wrong.size:
         raise InputError(f"{path}: index {wrong[0]}; expected 0..{num_classes} or 255; re-export it with this class list")
@@ -153,13 +148,13 @@ class VOC:
         return read_mask(self.mask_path(i), size, len(self.classes))
 
     def scan(self, progress, masks=False):
-        """Read every tag, check every image's header and end and, with masks, every mask's header, before training begins.
-        Sets and returns labels (n,K) float32. Raises InputError."""
+        """Read every tag, check every image's header and end and, with masks, read every mask, before training begins. Sets
+        and returns labels (n,K) float32. Raises InputError."""
         self.labels = torch.zeros(len(self), len(self.classes))
         for i, name in enumerate(self.ids):
             size, mask = upright_size(self.image_path(i)), self.mask_path(i) if masks else None
             if mask:
-                open_mask(mask, size).close()
+                read_mask(mask, size, len(self.classes))
             for tag in read_tags(self.root / "Annotations" / f"{name}.xml", self.classes, self.difficult):
                 self.labels[i, self.classes.index(tag)] = 1
             progress(i + 1, len(self))

@@ -2,7 +2,7 @@
 
     1. localization_maps    M_k = y_k relu(S_k) / max relu(S_k)               high-level features say roughly where
     2. affinity_guided      M <- (M0 + lambda P M) / (1 + lambda)             intermediate features: alike means together
-    3. self_guided          q_i = mean(a)_i . I_i + mean(b)_i                 the image passes its structure on
+    3. self_guided          q_i = up(mean(a))_i . I_i + up(mean(b))_i         the image passes its structure on
     4. pseudo_labels        class where M > hi, 0 where M < lo, 255 between   dense annotations
 
 Ke & Hsu (2018), abstract, sentences 5-8, name the stages and what each looks at; every formula, graph and number below is
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 IGNORE = 255                                                       # VOC's "void" index: no loss, no score
+DILATIONS = (1, 3, 6, 12, 24)                                      # 40 neighbours, near and far (our choice, after PAMR)
 
 
 # ---- 1. high-level features -> class-specific localization maps --------------------------------------------------------
@@ -51,7 +52,7 @@ def neighbours(h, w, dilations, device=None):
     return y.clamp(0, h - 1) * w + x.clamp(0, w - 1), inside
 
 
-def affinity(features, dilations=(1, 2, 4, 8), temperature=0.08):
+def affinity(features, dilations=DILATIONS, temperature=0.1):
     """A_ij = exp(cos(f_i, f_j) / temperature) between neighbours, f the features less their mean over the image.
 
     features (B,C,h,w). Returns A (B,h*w,N) >= 0, zero where a neighbour leaves the grid; index (h*w,N). Taking the mean
@@ -66,7 +67,7 @@ def affinity(features, dilations=(1, 2, 4, 8), temperature=0.08):
     return ((cos - 1) / temperature).exp() * inside, index         # the -1 cancels in P and keeps exp() in range
 
 
-def affinity_guided(maps, features, steps=40, strength=100.0, dilations=(1, 2, 4, 8), temperature=0.08):
+def affinity_guided(maps, features, steps=40, strength=100.0, dilations=DILATIONS, temperature=0.1):
     """M <- (M0 + lambda P M) / (1 + lambda), P = D^-1 A: a lazy random walk that starts at M0 and settles where
 
         E(M) = sum_i d_i (M_i - M0_i)^2 + lambda sum_ij A_ij (M_i - M_j)^2 / 2,     d_i = sum_j A_ij
@@ -94,7 +95,7 @@ def affinity_guided(maps, features, steps=40, strength=100.0, dilations=(1, 2, 4
     return M.unflatten(2, maps.shape[-2:])                         # (B,K,h,w)
 
 
-def affinity_energy(maps, features, start=None, strength=1.0, dilations=(1, 2, 4, 8), temperature=0.08):
+def affinity_energy(maps, features, start=None, strength=1.0, dilations=DILATIONS, temperature=0.1):
     """E / pairs = [sum_i d_i (M_i - M0_i)^2 + lambda sum_ij A_ij (M_i - M_j)^2 / 2] / (number of neighbour pairs ij).
 
     The energy that `affinity_guided` lowers, a scalar averaged over batch and classes. With start = None the first sum is
@@ -114,45 +115,44 @@ def affinity_energy(maps, features, start=None, strength=1.0, dilations=(1, 2, 4
 def box_mean(x, radius):
     """Mean over the (2r+1)^2 window around each pixel, cut at the border and divided by the pixels in it.
 
-    x (B,C,H,W) -> (B,C,H,W). Running sums: the cost is the same for every radius.
+    x (B,C,H,W) -> (B,C,H,W). Running sums: the cost is the same for every radius, the memory linear in the pixels.
 
     >>> box_mean(torch.tensor([[[[1., 2., 6.]]]]), radius=1)
     tensor([[[[1.5000, 3.0000, 4.0000]]]])
     """
+    counts = []
     for dim in (2, 3):
         n = x.shape[dim]
-        i = torch.arange(n, device=x.device)
-        lo, hi = (i - radius).clamp_min(0), (i + radius + 1).clamp_max(n)
-        total = F.pad(x.cumsum(dim), (0, 0, 1, 0) if dim == 2 else (1, 0))
-        count = (hi - lo).view(-1, 1) if dim == 2 else hi - lo
-        x = (total.index_select(dim, hi) - total.index_select(dim, lo)) / count
-    return x
+        r, i = min(radius, n - 1), torch.arange(n, device=x.device)
+        total = x.cumsum(dim)                                      # sum up to i; the window is total[i + r] - total[i - r - 1]
+        end = total.narrow(dim, n - 1, 1).expand(*x.shape[:dim], r, *x.shape[dim + 1:])
+        x = torch.cat([total.narrow(dim, r, n - r), end], dim)
+        x.narrow(dim, r + 1, n - r - 1).sub_(total.narrow(dim, 0, n - r - 1))
+        counts.append((i + r + 1).clamp_max(n) - (i - r).clamp_min(0))
+    return x / (counts[0][:, None] * counts[1])
 
 
-def guided_filter(p, I, radius, eps):
+def guided_coefficients(p, I, radius, eps):
     """In every window omega_k the result is an affine function of the colours, q_i = a_k . I_i + b_k, fitted to p:
 
-        a_k = (Sigma_k + eps U)^-1 (mean_k(I p) - mu_k mean_k(p)),    b_k = mean_k(p) - a_k . mu_k,
-        q_i = mean(a)_i . I_i + mean(b)_i                             means over the windows that hold i
+        a_k = (Sigma_k + eps U)^-1 (mean_k(I p) - mu_k mean_k(p)),    b_k = mean_k(p) - a_k . mu_k
 
-    p (B,K,H,W) float32, the maps; I (B,3,H,W) in [0,1], the guidance image; Sigma_k, mu_k the 3x3 covariance and mean of I
-    in omega_k; U the identity. Returns (B,K,H,W), not clamped. Small eps: the image speaks; large eps: a plain box mean.
+    p (B,K,h,w) float32, the maps; I (B,3,h,w) in [0,1], the guidance image; Sigma_k, mu_k the 3x3 covariance and mean of I
+    in omega_k; U the identity. Returns mean(a) (B,K,3,h,w) and mean(b) (B,K,h,w), means over the windows that hold a pixel.
     Source: He, Sun & Tang, Guided Image Filtering, PAMI 2013, eqs. 14-16. Raises ValueError when the sizes differ.
-
-    A flat guidance image has Sigma = 0, hence a = 0 and q = mean of mean(p): nothing to transfer.
     """
     if p.shape[-2:] != I.shape[-2:] or radius < 0 or eps <= 0:
         raise ValueError(f"want p {tuple(p.shape)} and I {tuple(I.shape)} of one size, radius >= 0 and eps > 0")
-    B, K, H, W = p.shape
+    K = p.shape[1]
     mI, mp = I.mean((2, 3), keepdim=True), p.mean((2, 3), keepdim=True)
     I, p = I - mI, p - mp                                          # the filter is affine: centring keeps float32 sums small
     pairs = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
-    moments = [I, p, *(I[:, [i]] * I[:, [j]] for i, j in pairs), *(I * p[:, [k]] for k in range(K))]
-    m = box_mean(torch.cat(moments, 1), radius)                    # (B,9+4K,H,W) in one pass
+    moments = [I, p, *(I[:, i:i + 1] * I[:, j:j + 1] for i, j in pairs), *(I * p[:, k:k + 1] for k in range(K))]
+    m = box_mean(torch.cat(moments, 1), radius)                    # (B,9+4K,h,w) in one pass
     mu, pm, II, Ip = m.split([3, K, 6, 3 * K], 1)
     s = [II[:, n] - mu[:, i] * mu[:, j] + (eps if i == j else 0) for n, (i, j) in enumerate(pairs)]   # Sigma + eps U
-    c = Ip.unflatten(1, (K, 3)) - mu[:, None] * pm[:, :, None]     # (B,K,3,H,W) covariance of map and colours
-    c0, c1, c2 = c.transpose(1, 2).unbind(1)                       # (B,K,H,W) each
+    c = Ip.unflatten(1, (K, 3)) - mu[:, None] * pm[:, :, None]     # (B,K,3,h,w) covariance of map and colours
+    c0, c1, c2 = c.unbind(2)                                       # (B,K,h,w) each
     s00, s01, s02, s11, s12, s22 = (m[:, None] for m in s)         # solve (Sigma + eps U) a = c by LDL^T, in closed form;
     d0 = s00.clamp_min(eps)                                        # exact pivots are never below eps, float32's may be
     l10, l20 = s01 / d0, s02 / d0
@@ -162,21 +162,40 @@ def guided_filter(p, I, radius, eps):
     c1 = c1 - l10 * c0
     a2 = (c2 - l20 * c0 - l21 * c1) / d2
     a1 = c1 / d1 - l21 * a2
-    a = torch.stack([c0 / d0 - l10 * a1 - l20 * a2, a1, a2], 2)   # (B,K,3,H,W)
-    b = pm - (a * mu[:, None]).sum(2)                              # (B,K,H,W)
-    ab = box_mean(torch.cat([a.flatten(1, 2), b], 1), radius)      # (B,4K,H,W)
-    return (ab[:, :3 * K].unflatten(1, (K, 3)) * I[:, None]).sum(2) + ab[:, 3 * K:] + mp
+    a = torch.stack([c0 / d0 - l10 * a1 - l20 * a2, a1, a2], 2)   # (B,K,3,h,w)
+    b = pm - (a * mu[:, None]).sum(2)                              # (B,K,h,w)
+    a, b = box_mean(torch.cat([a.flatten(1, 2), b], 1), radius).split([3 * K, K], 1)
+    a = a.unflatten(1, (K, 3))
+    return a, b + mp - (a * mI[:, None]).sum(2)
 
 
-def self_guided(maps, image, radius=48, eps=1e-5):
-    """q = clamp(guided_filter(up(M), I), 0, 1): the training image itself guides its maps to full resolution.
+def guided_filter(p, I, radius, eps):
+    """q_i = mean(a)_i . I_i + mean(b)_i: the guided filter of He, Sun & Tang (PAMI 2013), p and I on one grid.
 
-    maps (B,K,h,w) in [0,1]; image (B,3,H,W) in [0,1]. Returns (B,K,H,W) in [0,1]; a map that is zero everywhere stays zero.
-    Source: abstract, sentence 7. That the paper's refinement is this filter is our reading of its wording, not a fact;
-    wide windows and a small eps let the image speak (chosen on ../shared/voc's training masks, then frozen).
+    p (B,K,H,W) float32; I (B,3,H,W) in [0,1]. Returns (B,K,H,W), not clamped. Small eps: the image speaks; large eps: a
+    plain box mean. Raises ValueError when the sizes differ.
+
+    A flat guidance image has Sigma = 0, hence a = 0 and q = mean of mean(p): nothing to transfer.
     """
-    up = F.interpolate(maps, image.shape[-2:], mode="bilinear", align_corners=True)   # (B,K,H,W)
-    return guided_filter(up, image, radius, eps).clamp(0, 1)
+    a, b = guided_coefficients(p, I, radius, eps)
+    return (a * I[:, None]).sum(2) + b
+
+
+def self_guided(maps, image, radius=6, eps=1e-5):
+    """q_i = clamp(up(mean(a))_i . I_i + up(mean(b))_i, 0, 1): the training image itself guides its maps to full resolution.
+
+    The coefficients are fitted on the maps' own grid, to the image averaged down to it; the maps are never upsampled, only the
+    coefficients are, and every edge in q comes from the image's own pixels (Fast Guided Filter, He & Sun 2015).
+
+    maps (B,K,h,w) in [0,1]; image (B,3,H,W) in [0,1]; radius in cells of the maps' grid. Returns (B,K,H,W) in [0,1]; a map that
+    is zero everywhere stays zero. Source: abstract, sentence 7. That the paper's refinement is this filter is our reading
+    of its wording, not a fact; radius and eps chosen on ../shared/voc's training masks, then frozen.
+    """
+    small = F.interpolate(image, maps.shape[-2:], mode="area")     # (B,3,h,w)
+    a, b = guided_coefficients(maps, small, radius, eps)
+    up = lambda x: F.interpolate(x, image.shape[-2:], mode="bilinear", align_corners=True)
+    a = up(a.flatten(1, 2)).unflatten(1, a.shape[1:3])             # (B,K,3,H,W)
+    return ((a * image[:, None]).sum(2) + up(b)).clamp(0, 1)
 
 
 # ---- 4. maps -> pseudo labels ------------------------------------------------------------------------------------------

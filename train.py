@@ -60,15 +60,15 @@ class Config:
     self_guided: bool = option(True, "stage 3, self-guided refinement")
     steps: int = option(40, "steps of the affinity walk (tuned)", least=0)
     strength: float = option(100.0, "lambda of the affinity energy (tuned)", toy=5.0, least=0)
-    temperature: float = option(0.08, "of the affinity exp(cos / temperature) (tuned)", least=0.05)
-    radius: int = option(48, "window radius of the guided filter, pixels (tuned)", toy=12, least=0)
+    temperature: float = option(0.1, "of the affinity exp(cos / temperature) (tuned)", least=0.05)
+    radius: int = option(6, "window radius of the guided filter, cells of the stride-8 grid (tuned)", toy=2, least=0)
     eps: float = option(1e-5, "eps of the guided filter (tuned)", toy=1e-3, least=1e-9)
     soften: float = option(2.0, "divides the segmentation logits when rounds after the first refine them (tuned)", least=1e-3)
-    least: float = option(0.5, "softened probabilities are stretched to a maximum of 1, by at most 1/least (tuned)", least=1e-5)
-    lo: float = option(0.30, "round 1: background where every CAM map stays below (tuned; ToCo: 0.25)", toy=0.55, least=0)
-    hi: float = option(0.45, "round 1: a class where its CAM map passes (tuned; ToCo: 0.7)", toy=0.75, least=0)
-    seg_lo: float = option(0.40, "later rounds: the same for the softened probabilities (tuned)", toy=0.55, least=0)
-    seg_hi: float = option(0.55, "later rounds: the same for the softened probabilities (tuned)", toy=0.75, least=0)
+    least: float = option(0.3, "softened probabilities are stretched to a maximum of 1, by at most 1/least (tuned)", least=1e-5)
+    lo: float = option(0.35, "round 1: background where every CAM map stays below (tuned; ToCo: 0.25)", toy=0.55, least=0)
+    hi: float = option(0.50, "round 1: a class where its CAM map passes (tuned; ToCo: 0.7)", toy=0.75, least=0)
+    seg_lo: float = option(0.45, "later rounds: the same for the softened probabilities (tuned)", toy=0.55, least=0)
+    seg_hi: float = option(0.60, "later rounds: the same for the softened probabilities (tuned)", toy=0.75, least=0)
     difficult: bool = option(True, "count objects marked <difficult> as tags (as the field's train_aug tags do)")
     supervised: bool = option(False, "train on the true masks: the upper bound, for measuring only")
     seed: int = option(0, "of weights, order and augmentation", least=0)
@@ -171,7 +171,7 @@ def build(cfg, classes, state=None):
             print(f"{cfg.backbone}: trained from scratch")
         else:
             net.backbone.load_imagenet(imagenet_weights(cfg.backbone, cfg.weights))
-    except (RuntimeError, AttributeError, TypeError, ValueError) as e:
+    except (RuntimeError, AttributeError, KeyError, TypeError, ValueError) as e:
         raise InputError(f"{'checkpoint.pt' if state else cfg.weights}: does not fit {cfg.backbone} with {len(classes)} classes "
                          f"({str(e)[:120]}); expected weights of this network; give the run's own --voc, or other --weights")
     return net.to(cfg.device, memory_format=torch.channels_last)
@@ -408,13 +408,16 @@ def update(run):
 
 @torch.no_grad()
 def segment(net, image, cfg):
-    """argmax_k [Z_k + log sigmoid(s_k) - max_j log sigmoid(s_j)] of one PIL image, background just Z_0: (H,W) uint8. No tags,
-    single scale, mirror averaged. The classifier's word on which classes are in the image at all stands in for the tags (our
-    choice, measured in the README)."""
+    """argmax_k of the self-guided softmax(Z_k + log sigmoid(s_k) - max_j log sigmoid(s_j)), background just Z_0: (H,W) uint8 of one
+    PIL image. No tags, single scale, mirror averaged. The classifier's word on which classes are in the image at all stands in for
+    the tags, and the image guides its own answer as it guides its maps (our choices, measured in the README)."""
     _, s, Z, _ = network_outputs(net, image, cfg)
     present = F.logsigmoid(s)                                      # (1,K)
     Z[:, 1:] += (present - present.amax(1, keepdim=True))[:, :, None, None]
-    return up(Z, image.size[::-1]).argmax(1)[0].to(torch.uint8).cpu().numpy()
+    k = Z.argmax(1).unique()                                       # (P,) the classes that lead anywhere
+    q, I = Z.softmax(1)[:, k], to_tensor(image)[None].to(Z.device)   # (1,P,h/8,w/8) (1,3,H,W)
+    q = refine.self_guided(q, I, cfg.radius, cfg.eps) if cfg.self_guided else up(q, I.shape[-2:])
+    return k[q.argmax(1)[0]].to(torch.uint8).cpu().numpy()
 
 
 def validate(run):
@@ -433,21 +436,22 @@ def validate(run):
 
 @torch.no_grad()
 def score_stages(run):
-    """On the training images that have masks: summaries of CAM's maps after each stage, {"cam", "affinity", "self_guided"}, and of
-    every round's pseudo labels on disk over the pixels they label, {"round1", ...}. (None, {}) without masks."""
+    """On the training images that have masks: summaries of the maps that round 1 refines, the warm-up network's, after each stage,
+    {"cam", "affinity", "self_guided"}, and of every round's pseudo labels on disk over the pixels they label, {"round1", ...}.
+    (None, {}) without masks."""
     have = [i for i in range(len(run.voc)) if run.voc.mask_path(i)]
     if not have:
         print(f"no training score: {run.voc.root} lacks training masks (SegmentationClassAug, SegmentationClass)", flush=True)
         return None, {}
-    run.net.eval()
     cfg, classes, K = run.cfg, run.voc.classes, len(run.voc.classes)
+    net = build(cfg, classes, load(run.folder / "warmup.pt")).eval()
     scores = {name: MapScores(K) for name in ("cam", "affinity", "self_guided")}
     rounds = {r: 0 for r in range(1, cfg.rounds + 1) if all(run.label_path(i, r).exists() for i in have)}
     line = Progress("score stages")
     for n, i in enumerate(have):
         image, y = run.voc.image(i), run.voc.labels[i]
         target = run.voc.mask(i, image.size)
-        for name, M in stages(run.net, image, y, cfg, use_seg=False).items():
+        for name, M in stages(net, image, y, cfg, use_seg=False).items():
             scores[name].add(target, up(M, target.shape)[0].cpu(), y.nonzero()[:, 0].numpy())
         for r in rounds:
             label = read_mask(run.label_path(i, r), image.size, K)
@@ -541,6 +545,8 @@ def train(run):
             at["phase"] = "update"
             run.save()
         update(run)
+        if at["round"] == 0:                                       # the network that round 1 refines: stages are scored with it
+            write(run.folder / "warmup.pt", {"classes": list(run.voc.classes), "model": run.net.state_dict()})
         draw_panels(run)
         if at["round"]:
             score = validate(run) or {"miou": None, "core": None}
