@@ -1,9 +1,10 @@
-"""The README's refinement tables: python docs/refinement.py RUN VOC [images]
+"""The README's refinement tables: python docs/refinement.py RUN VOC [images] [warmup.pt or checkpoint.pt]
 
-Same localization maps of a trained run, each method at its own best threshold (peak, an oracle that favours none) and at the
-run's fixed one; trimap IoU within 5 pixels of a mask's boundaries; milliseconds an image. Dense CRF (pydensecrf2) and OpenCV's
-guided filter are measured where installed. Training masks are used for measuring only.
+The same localization maps, those that a run's round 1 refined, each method at its own best threshold (peak, an oracle that
+favours none) and at the run's fixed one; trimap IoU within 5 pixels of a mask's boundaries; milliseconds an image. Dense CRF
+(pydensecrf2) and OpenCV's guided filter are measured where installed. Training masks are used for measuring only.
 """
+import resource
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image, ImageFilter
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import refine
 import train
-from data import IGNORE, MapScores, confusion, summary, to_tensor
+from data import IGNORE, VOC, MapScores, confusion, summary, to_tensor
 
 try:
     import pydensecrf.densecrf as dcrf
@@ -64,18 +65,19 @@ def trimap(target, width=5):
     return np.where(near, target, IGNORE)
 
 
-def quality(run, count):
-    cfg, voc, K = run.cfg, run.voc, len(run.voc.classes)
+def quality(net, cfg, voc, count):
+    """Print the table of refinements of the CAM maps of `count` training images drawn with seed 0."""
+    K = len(voc.classes)
     names = ["raw", "affinity", "affinity + self-guided", "affinity + PAMR", "raw + PAMR"]
     scores, bands, ms = ({n: f() for n in names} for f in (lambda: MapScores(K), lambda: MapScores(K), list))
-    crf_grid = [t / 100 for t in range(15, 55, 5)] if dcrf else []
+    crf_grid = [t / 100 for t in range(15, 45, 5)] if dcrf else []
     crf, crf_band, crf_ms = ({t: 0 for t in crf_grid}, {t: 0 for t in crf_grid}, [])
     images = np.random.default_rng(0).permutation([i for i in range(len(voc)) if voc.mask_path(i)])[:count]
     line = train.Progress("refinement")
     for n, i in enumerate(images):
         image, y = voc.image(i), voc.labels[i]
         I, k, target = to_tensor(image)[None], y.nonzero()[:, 0], voc.mask(i, image.size)
-        band = trimap(target)
+        band, tags = trimap(target), torch.ones(1, len(k))
         full = lambda M: train.up(M, target.shape)
 
         def timed(name, f, *args):
@@ -83,10 +85,10 @@ def quality(run, count):
             M = f(*args)
             ms[name].append(1000 * (time.perf_counter() - start))
             return M
-        S, _, _, mid = train.network_outputs(run.net, image, cfg)
-        raw = refine.localization_maps(S[:, k], torch.ones(1, len(k)))
+        S, _, _, mid = train.network_outputs(net, image, cfg)
+        raw = refine.localization_maps(S[:, k], tags)
         walk = timed("affinity", lambda: refine.localization_maps(refine.affinity_guided(
-            raw, mid, cfg.steps, cfg.strength, temperature=cfg.temperature), torch.ones(1, len(k))))
+            raw, mid, cfg.steps, cfg.strength, temperature=cfg.temperature), tags))
         maps = {"raw": full(raw), "affinity": full(walk),
                 "affinity + self-guided": timed("affinity + self-guided", refine.self_guided, walk, I, cfg.radius, cfg.eps),
                 "affinity + PAMR": timed("affinity + PAMR", lambda: pamr(full(walk), I)),
@@ -119,7 +121,8 @@ def quality(run, count):
 
 
 def speed():
-    def best(f, n=7):
+    """Print time and agreement of the guided filter, and the memory that refining a 2048x2048 image takes."""
+    def best(f, n=15):
         times = []
         for _ in range(n):
             start = time.perf_counter()
@@ -129,27 +132,36 @@ def speed():
     torch.manual_seed(0)
     noise = F.interpolate(torch.rand(1, 3, 24, 32), (375, 500), mode="bicubic", align_corners=False).clamp(0, 1)
     I, p = (noise + 0.05 * torch.rand(1, 3, 375, 500)).clamp(0, 1), torch.rand(1, 1, 375, 500)
-    print("\n| guided filter, one 500x375 map | r = 4 | 8 | 16 | 32 | 48 | 64 |\n|---|---|---|---|---|---|---|")
     radii = (4, 8, 16, 32, 48, 64)
-    print("| sgseg, ms | " + " | ".join(f"{best(lambda: refine.guided_filter(p, I, r, 1e-5)):.0f}" for r in radii) + " |")
+    print("\n| guided filter, one 500x375 map | " + " | ".join(f"r = {r}" for r in radii) + " |\n|" + "---|" * 7)
+    print("| sgseg, ms | " + " | ".join(f"{best(lambda: refine.guided_filter(p, I, r, 1e-3)):.1f}" for r in radii) + " |")
     if ximgproc:
         guide, source = np.ascontiguousarray(I[0].permute(1, 2, 0).numpy()), p[0, 0].numpy()
-        print("| OpenCV, ms | " + " | ".join(f"{best(lambda: ximgproc.guidedFilter(guide, source, r, 1e-5)):.0f}" for r in radii) + " |")
-        differ = []
-        for r in radii:
-            a, b = refine.guided_filter(p, I, r, 1e-3)[0, 0].numpy(), ximgproc.guidedFilter(guide, source, r, 1e-3)
-            inner = np.s_[2 * r:-2 * r, 2 * r:-2 * r]
-            differ.append(f"{abs(a[inner] - b[inner]).max():.0e}")
-        print("| largest difference away from borders, eps 1e-3 | " + " | ".join(differ) + " |")
+        print("| OpenCV, ms | " + " | ".join(f"{best(lambda: ximgproc.guidedFilter(guide, source, r, 1e-3)):.1f}" for r in radii) + " |")
+        for text, scale in (("colours in 0..255", 255.0), ("colours in 0..1", 1.0)):
+            differ = []
+            for r in radii:
+                a = refine.guided_filter(p, I, r, 1e-3)[0, 0].numpy()
+                b = ximgproc.guidedFilter(guide * np.float32(scale), source, r, 1e-3 * scale ** 2)
+                inner = np.s_[2 * r:-2 * r, 2 * r:-2 * r]
+                differ.append(f"{abs(a[inner] - b[inner]).max():.0e}")
+            print(f"| largest difference away from borders, eps 1e-3, OpenCV given {text} | " + " | ".join(differ) + " |")
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20   # GiB on Linux
+    before, start = peak(), time.perf_counter()
+    M = refine.affinity_guided(torch.rand(1, 2, 257, 257), torch.rand(1, 24, 257, 257))
+    refine.self_guided(M, torch.rand(1, 3, 2048, 2048))
+    print(f"\n2048x2048 image, 2 maps: {time.perf_counter() - start:.1f} s; memory of the process rose from {before:.2f} to {peak():.2f} GiB")
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     torch.set_grad_enabled(False)
-    state, stored = train.load_run(sys.argv[1])
-    stored.voc = sys.argv[2]
-    run = train.Run(train.configure({}, sys.argv[1], stored), state)
-    run.net.eval()
-    quality(run, int(sys.argv[3]) if len(sys.argv) > 3 else 60)
     speed()
+    state, stored = train.load_run(sys.argv[1])
+    name = sys.argv[4] if len(sys.argv) > 4 else "warmup.pt"
+    voc = VOC(sys.argv[2], "train", stored.difficult)
+    voc.scan(train.Progress("scan train"))
+    cfg = train.configure({}, sys.argv[1], stored)
+    net = train.build(cfg, voc.classes, train.load(Path(sys.argv[1]) / name)).eval()
+    quality(net, cfg, voc, int(sys.argv[3]) if len(sys.argv) > 3 else 60)

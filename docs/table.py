@@ -1,18 +1,26 @@
-"""The README's result tables from a run: python docs/table.py RUN"""
+"""The README's result tables from finished runs: python docs/table.py RUN ...
+
+One run: every stage, every round. Several: the headline figures of each, and their mean and standard deviation.
+"""
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 CORE = "background cat cow dog horse person sheep".split()
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    folder = Path(sys.argv[1])
+
+def percent(x):
+    """0.1234 -> 12.3; empty for None."""
+    return "" if x is None else f"{100 * x:.1f}"
+
+
+def one(folder):
+    """Print the table of stages and the table of rounds of one run."""
     results = json.loads((folder / "results.json").read_text())
     rows = {f"train, {name}": s for name, s in (results["train"] or {}).items()}
     rows |= {f"train, labels of {name}": s for name, s in results["labels"].items()} | {"val, segmentation head": results["val"]["seg"]}
-    percent = lambda x: "" if x is None else f"{100 * x:.1f}"
     print("| | core-7 | mIoU | peak core-7 (threshold) | mIoU there | " + " | ".join(CORE) + " |\n|" + "---|" * (5 + len(CORE)))
     for name, s in rows.items():
         peak = s.get("peak")
@@ -23,3 +31,29 @@ if __name__ == "__main__":
     for m in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         if "val_core" in m:
             print(f"| {m['round']} | {percent(m['val_core'])} | {percent(m['val_miou'])} |")
+
+
+def headline(folder):
+    """Peak core of the raw and of the refined maps, core of the last labels, val core after each round, val mIoU."""
+    results = json.loads((folder / "results.json").read_text())
+    rounds = [m["val_core"] for m in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "val_core" in m]
+    maps, labels = results["train"], list(results["labels"].values())
+    return {"raw maps, peak": maps["cam"]["peak"]["core"], "refined maps, peak": maps["self_guided"]["peak"]["core"],
+            **{f"labels of round {n}": s["core"] for n, s in enumerate(labels, 1)},
+            **{f"val after round {n}": x for n, x in enumerate(rounds, 1)}, "val mIoU": results["val"]["seg"]["miou"]}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    folders = [Path(name) for name in sys.argv[1:]]
+    if len(folders) == 1:
+        one(folders[0])
+    else:
+        rows = [headline(folder) for folder in folders]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        print("| core-7 | " + " | ".join(names) + " |\n|" + "---|" * (1 + len(names)))
+        for folder, row in zip(folders, rows):
+            print(f"| {folder.name} | " + " | ".join(percent(row.get(name)) for name in names) + " |")
+        spread = lambda x: f"{100 * np.mean(x):.1f} ± {100 * np.std(x, ddof=1):.1f}" if len(x) == len(rows) else ""
+        print("| mean ± deviation | " + " | ".join(spread([row[name] for row in rows if name in row]) for name in names) + " |")
