@@ -26,20 +26,15 @@ class InputError(Exception):
 
 # ---- files -> arrays ---------------------------------------------------------------------------------------------------
 
-def decoded(path, image, convert):
-    """convert(image), every failure of Pillow's parsers and decoders, a dozen types, turned into InputError."""
+def decoded(path, convert):
+    """convert(PIL image in path); every failure of Pillow's parsers and decoders, a dozen types, turned into InputError."""
     try:
-        return convert(image)
+        with Image.open(path, formats=("JPEG", "PNG")) as image:
+            if min(image.size) < 16 or image.width * image.height > 64_000_000:
+                raise ValueError(f"{image.size} pixels, not 16 or more a side and at most 64 million")
+            return convert(image)
     except Exception as e:
         raise InputError(f"{path}: cannot be read as an image ({e}); expected a whole JPEG or PNG; replace it or unlist its id")
-
-
-def open_image(path):
-    """Open and check the header only: a PIL image whose sides are 16 px or more, at most 64 megapixels. Raises InputError."""
-    image = decoded(path, path, lambda path: Image.open(path, formats=("JPEG", "PNG")))
-    if min(image.size) < 16 or image.width * image.height > 64_000_000:
-        raise InputError(f"{path}: {image.size} pixels; expected 16 or more a side, at most 64 million; resize it or unlist its id")
-    return image
 
 
 def read_image(path):
@@ -49,24 +44,23 @@ def read_image(path):
         if image.mode.startswith("I"):                             # 16-bit grey: keep the upper byte
             image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
         return image.convert("RGB")
-    return decoded(path, open_image(path), convert)
+    return decoded(path, convert)
 
 
 def upright_size(path):
     """(W,H) after EXIF rotation, from the header; a JPEG without its end marker is decoded to see. Raises InputError."""
-    with open_image(path) as image:
-        turned = decoded(path, image, lambda image: image.getexif().get(0x0112, 1) > 4)
+    def convert(image):
         if image.format == "JPEG" and b"\xff\xd9" not in Path(path).read_bytes()[-4096:]:
-            read_image(path)
-        return image.size[::-1] if turned else image.size
+            image.load()
+        return image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size
+    return decoded(path, convert)
 
 
 def read_mask(path, size, num_classes):
     """Palette or grey PNG -> (H,W) uint8 with 0..num_classes and 255. size is the image's (W,H). Raises InputError."""
-    mask = open_image(path)
-    if mask.mode not in ("P", "L") or mask.size != size:
-        raise InputError(f"{path}: mode {mask.mode}, {mask.size} pixels; expected an indexed PNG of its image's {size}; re-export it")
-    mask = decoded(path, mask, np.array)
+    mode, mask = decoded(path, lambda image: (image.mode, np.array(image)))
+    if mode not in ("P", "L") or mask.shape[::-1] != size:
+        raise InputError(f"{path}: mode {mode}, {mask.shape[1::-1]} pixels; expected an indexed PNG of its image's {size}; re-export it")
     wrong = mask[(mask > num_classes) & (mask != IGNORE)]
     if wrong.size:
         raise InputError(f"{path}: index {wrong[0]}; expected 0..{num_classes} or 255; re-export it with this class list")

@@ -59,16 +59,15 @@ class Config:
     affinity: bool = option(True, "stage 2, affinity guidance")
     self_guided: bool = option(True, "stage 3, self-guided refinement")
     steps: int = option(40, "steps of the affinity walk (tuned)", least=0)
-    strength: float = option(100.0, "lambda of the affinity energy (tuned)", toy=5.0, least=0)
+    strength: float = option(100.0, "round 1: lambda of the affinity energy (tuned)", toy=5.0, least=0)
+    seg_strength: float = option(10.0, "later rounds: the same; the head has learnt the first walk already (tuned)", toy=5.0, least=0)
     temperature: float = option(0.1, "of the affinity exp(cos / temperature) (tuned)", least=0.05)
     radius: int = option(6, "window radius of the guided filter, cells of the stride-8 grid (tuned)", toy=2, least=0)
     eps: float = option(1e-5, "eps of the guided filter (tuned)", toy=1e-3, least=1e-9)
     soften: float = option(2.0, "divides the segmentation logits when rounds after the first refine them (tuned)", least=1e-3)
     least: float = option(0.3, "softened probabilities are stretched to a maximum of 1, by at most 1/least (tuned)", least=1e-5)
-    lo: float = option(0.35, "round 1: background where every CAM map stays below (tuned; ToCo: 0.25)", toy=0.55, least=0)
-    hi: float = option(0.50, "round 1: a class where its CAM map passes (tuned; ToCo: 0.7)", toy=0.75, least=0)
-    seg_lo: float = option(0.45, "later rounds: the same for the softened probabilities (tuned)", toy=0.55, least=0)
-    seg_hi: float = option(0.60, "later rounds: the same for the softened probabilities (tuned)", toy=0.75, least=0)
+    lo: float = option(0.40, "background where every map stays below (tuned; ToCo: 0.25)", toy=0.55, least=0)
+    hi: float = option(0.65, "a class where its map passes (tuned; ToCo: 0.7)", toy=0.75, least=0)
     difficult: bool = option(True, "count objects marked <difficult> as tags (as the field's train_aug tags do)")
     supervised: bool = option(False, "train on the true masks: the upper bound, for measuring only")
     seed: int = option(0, "of weights, order and augmentation", least=0)
@@ -87,8 +86,7 @@ def check(cfg):
             need(f.metadata["least"] <= getattr(cfg, f.name) < 2 ** 31, f.name, f"{f.metadata['least']} or more")
     need(cfg.backbone in BACKBONES, "backbone", f"one of {', '.join(BACKBONES)}")
     need(cfg.backbone != "tiny" or cfg.weights == "none", "weights", "none with tiny, which has no ImageNet weights")
-    for lo, hi in (("lo", cfg.hi), ("seg_lo", cfg.seg_hi)):
-        need(getattr(cfg, lo) <= hi <= 1, lo, f"at most its upper threshold {hi}, and that at most 1")
+    need(cfg.lo <= cfg.hi <= 1, "lo", f"at most --hi {cfg.hi}, and that at most 1")
     need(cfg.crop % 16 == 1, "crop", "16n+1, such as 257 or 321, to fit the stride")
     need(cfg.scale_min <= cfg.scale_max <= 100, "scale_max", f"--scale-min {cfg.scale_min} to 100")
     cfg.device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
@@ -204,7 +202,7 @@ class Run:
 
     def __init__(self, cfg, state=None, argv=()):
         """A new run, or the one whose checkpoint dict `state` is. Raises InputError."""
-        self.cfg, self.folder, self.signal, self.val, self.saved = cfg, Path(cfg.out), None, None, time.time()
+        self.cfg, self.folder, self.signal, self.val, self.saved = cfg, Path(cfg.out), None, None, float("inf")
         if not state and any((self.folder / name).exists() for name in ("checkpoint.pt", "pseudo")):
             raise InputError(f"{self.folder}: holds a run; expected a new folder; --resume goes on with it, another --out "
                              "leaves it alone, deleting the folder starts over")
@@ -252,17 +250,12 @@ class Run:
         write(self.folder / "checkpoint.pt", state)                # overwrites metrics that are ahead, not those behind
         self.saved = time.time()
 
-    def stop_if_asked(self):
-        """Between two steps or images: save and stop when a signal came. Raises Stopped."""
-        if self.signal:
-            self.save()
-            raise Stopped(self.signal)
-
     def save_if_due(self):
-        """stop_if_asked, and save when --save-minutes have passed since the last time."""
-        self.stop_if_asked()
-        if time.time() - self.saved > 60 * self.cfg.save_minutes:
+        """Between two steps or images: save when --save-minutes have passed, or a signal came; then stop. Raises Stopped."""
+        if self.signal or time.time() - self.saved > 60 * self.cfg.save_minutes:
             self.save()
+        if self.signal:
+            raise Stopped(self.signal)
 
     def log(self, **metric):
         """Print a metric and keep it for metrics.jsonl."""
@@ -306,19 +299,18 @@ def stages(net, image, y, cfg, use_seg):
            refine.localization_maps(S[:, k], tags)}
     M = out["cam"]                                                 # (1,P,h/8,w/8)
     if cfg.affinity:
-        M = refine.affinity_guided(M, mid, cfg.steps, cfg.strength, temperature=cfg.temperature)
+        M = refine.affinity_guided(M, mid, cfg.steps, cfg.seg_strength if use_seg else cfg.strength, temperature=cfg.temperature)
     M = out["affinity"] = refine.localization_maps(M, tags, least)   # the walk lowers peaks: stretch them again
     I = to_tensor(image)[None].to(S.device)                        # (1,3,H,W)
     out["self_guided"] = refine.self_guided(M, I, cfg.radius, cfg.eps) if cfg.self_guided else up(M, I.shape[-2:])
     return out
 
 
-def label_map(maps, y, cfg, use_seg):
+def label_map(maps, y, cfg):
     """Pseudo labels (H,W) uint8 of one image from the maps of its tagged classes (1,P,H,W); 255 between the two thresholds."""
     full = torch.zeros(1, len(y), *maps.shape[-2:], device=maps.device)
     full[:, y.bool()] = maps
-    lo, hi = (cfg.seg_lo, cfg.seg_hi) if use_seg else (cfg.lo, cfg.hi)
-    return refine.pseudo_labels(full, y[None].to(maps.device), lo, hi)[0].cpu().numpy()
+    return refine.pseudo_labels(full, y[None].to(maps.device), cfg.lo, cfg.hi)[0].cpu().numpy()
 
 
 @torch.no_grad()
@@ -331,7 +323,7 @@ def refine_labels(run):
         if not path.exists():
             y, use_seg = run.voc.labels[i], run.at["round"] > 1
             maps = stages(run.net, run.voc.image(i), y, run.cfg, use_seg)
-            write(path, palette_image(label_map(maps["self_guided"], y, run.cfg, use_seg)))
+            write(path, palette_image(label_map(maps["self_guided"], y, run.cfg)))
             run.save_if_due()
         line(i + 1, n)
 
@@ -429,7 +421,7 @@ def validate(run):
     for i in range(len(run.val)):
         image = run.val.image(i)
         C = C + confusion(run.val.mask(i, image.size), segment(run.net, image, run.cfg), len(run.val.classes))
-        run.stop_if_asked()
+        run.save_if_due()
         line(i + 1, len(run.val))
     return summary(C, run.val.classes)
 
@@ -456,7 +448,7 @@ def score_stages(run):
         for r in rounds:
             label = read_mask(run.label_path(i, r), image.size, K)
             rounds[r] = rounds[r] + confusion(np.where(label == IGNORE, IGNORE, target), np.where(label == IGNORE, 0, label), K)
-        run.stop_if_asked()
+        run.save_if_due()
         line(n + 1, len(have))
     out = {}
     for name, s in scores.items():
@@ -501,7 +493,7 @@ def panel(net, image, y, classes, cfg, use_seg=False, truth=None, width=160):
     """One row a tagged class: photo | localization map | + affinity | + self-guided | pseudo label | prediction | truth."""
     net.eval()
     maps = stages(net, image, y, cfg, use_seg)
-    labels = {"pseudo label": label_map(maps["self_guided"], y, cfg, use_seg), "prediction": segment(net, image, cfg),
+    labels = {"pseudo label": label_map(maps["self_guided"], y, cfg), "prediction": segment(net, image, cfg),
               "ground truth": truth}
     titles = {"cam": "localization map", "affinity": "+ affinity", "self_guided": "+ self-guided"}
     height, tagged = round(width * image.size[1] / image.size[0]), y.nonzero()[:, 0].tolist()
@@ -518,11 +510,6 @@ def panel(net, image, y, classes, cfg, use_seg=False, truth=None, width=160):
     return sheet
 
 
-def stacked(sheets):
-    """Pictures of one width below each other."""
-    return Image.fromarray(np.concatenate([np.asarray(s) for s in sheets]))
-
-
 def draw_panels(run, count=4):
     """panels/roundN.png: the same few images at every round. Val images, whose masks may be looked at, or training ones."""
     voc, sheets = run.val or run.voc, []
@@ -530,7 +517,7 @@ def draw_panels(run, count=4):
         image = voc.image(i)
         truth = voc.mask(i, image.size) if run.val and voc.mask_path(i) else None
         sheets.append(panel(run.net, image, voc.labels[i], voc.classes, run.cfg, run.at["round"] > 1, truth))
-    write(run.folder / "panels" / f"round{run.at['round']}.png", stacked(sheets))
+    write(run.folder / "panels" / f"round{run.at['round']}.png", Image.fromarray(np.concatenate(sheets)))
 
 
 # ---- the whole method --------------------------------------------------------------------------------------------------

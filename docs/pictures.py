@@ -7,7 +7,9 @@ pip download --no-deps scikit-image && unzip -j scikit_image-*.whl skimage/data/
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
@@ -24,6 +26,6 @@ if __name__ == "__main__":
         photo, tags = argument.split("=")
         y = torch.tensor([float(name in tags.split(",")) for name in classes])
         sheets.append(train.panel(net, read_image(photo), y, classes, cfg, use_seg=cfg.rounds > 1))
-    sheet = train.stacked(sheets)
+    sheet = Image.fromarray(np.concatenate(sheets))
     sheet.crop((0, 0, sheet.width * 6 // 7, sheet.height)).save(out, optimize=True)   # no ground truth: the last column is empty
     print("written", out)
