@@ -66,8 +66,10 @@ class Config:
     eps: float = option(1e-5, "eps of the guided filter (tuned)", toy=1e-3, least=1e-9)
     soften: float = option(2.0, "divides the segmentation logits when rounds after the first refine them (tuned)", least=1e-3)
     least: float = option(0.3, "softened probabilities are stretched to a maximum of 1, by at most 1/least (tuned)", least=1e-5)
-    lo: float = option(0.40, "background where every map stays below (tuned; ToCo: 0.25)", toy=0.55, least=0)
-    hi: float = option(0.65, "a class where its map passes (tuned; ToCo: 0.7)", toy=0.75, least=0)
+    lo: float = option(0.35, "round 1: background where every CAM map stays below (tuned; ToCo: 0.25)", toy=0.55, least=0)
+    hi: float = option(0.50, "round 1: a class where its CAM map passes (tuned; ToCo: 0.7)", toy=0.75, least=0)
+    seg_lo: float = option(0.45, "later rounds: the same for the softened probabilities (tuned)", toy=0.55, least=0)
+    seg_hi: float = option(0.60, "later rounds: the same for the softened probabilities (tuned)", toy=0.75, least=0)
     difficult: bool = option(True, "count objects marked <difficult> as tags (as the field's train_aug tags do)")
     supervised: bool = option(False, "train on the true masks: the upper bound, for measuring only")
     seed: int = option(0, "of weights, order and augmentation", least=0)
@@ -86,7 +88,8 @@ def check(cfg):
             need(f.metadata["least"] <= getattr(cfg, f.name) < 2 ** 31, f.name, f"{f.metadata['least']} or more")
     need(cfg.backbone in BACKBONES, "backbone", f"one of {', '.join(BACKBONES)}")
     need(cfg.backbone != "tiny" or cfg.weights == "none", "weights", "none with tiny, which has no ImageNet weights")
-    need(cfg.lo <= cfg.hi <= 1, "lo", f"at most --hi {cfg.hi}, and that at most 1")
+    for lo, hi in (("lo", cfg.hi), ("seg_lo", cfg.seg_hi)):
+        need(getattr(cfg, lo) <= hi <= 1, lo, f"at most its upper threshold {hi}, and that at most 1")
     need(cfg.crop % 16 == 1, "crop", "16n+1, such as 257 or 321, to fit the stride")
     need(cfg.scale_min <= cfg.scale_max <= 100, "scale_max", f"--scale-min {cfg.scale_min} to 100")
     cfg.device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
@@ -306,11 +309,12 @@ def stages(net, image, y, cfg, use_seg):
     return out
 
 
-def label_map(maps, y, cfg):
+def label_map(maps, y, cfg, use_seg):
     """Pseudo labels (H,W) uint8 of one image from the maps of its tagged classes (1,P,H,W); 255 between the two thresholds."""
     full = torch.zeros(1, len(y), *maps.shape[-2:], device=maps.device)
     full[:, y.bool()] = maps
-    return refine.pseudo_labels(full, y[None].to(maps.device), cfg.lo, cfg.hi)[0].cpu().numpy()
+    lo, hi = (cfg.seg_lo, cfg.seg_hi) if use_seg else (cfg.lo, cfg.hi)
+    return refine.pseudo_labels(full, y[None].to(maps.device), lo, hi)[0].cpu().numpy()
 
 
 @torch.no_grad()
@@ -323,7 +327,7 @@ def refine_labels(run):
         if not path.exists():
             y, use_seg = run.voc.labels[i], run.at["round"] > 1
             maps = stages(run.net, run.voc.image(i), y, run.cfg, use_seg)
-            write(path, palette_image(label_map(maps["self_guided"], y, run.cfg)))
+            write(path, palette_image(label_map(maps["self_guided"], y, run.cfg, use_seg)))
             run.save_if_due()
         line(i + 1, n)
 
@@ -493,7 +497,7 @@ def panel(net, image, y, classes, cfg, use_seg=False, truth=None, width=160):
     """One row a tagged class: photo | localization map | + affinity | + self-guided | pseudo label | prediction | truth."""
     net.eval()
     maps = stages(net, image, y, cfg, use_seg)
-    labels = {"pseudo label": label_map(maps["self_guided"], y, cfg), "prediction": segment(net, image, cfg),
+    labels = {"pseudo label": label_map(maps["self_guided"], y, cfg, use_seg), "prediction": segment(net, image, cfg),
               "ground truth": truth}
     titles = {"cam": "localization map", "affinity": "+ affinity", "self_guided": "+ self-guided"}
     height, tagged = round(width * image.size[1] / image.size[0]), y.nonzero()[:, 0].tolist()
