@@ -66,13 +66,13 @@ def trimap(target, width=5):
 
 
 def quality(net, cfg, voc, count):
-    """Print the table of refinements of the CAM maps of `count` training images drawn with seed 0."""
+    """Print the table of refinements of the CAM maps of `count` training images drawn with seed 2 (the options were tuned on others)."""
     K = len(voc.classes)
     names = ["raw", "affinity", "affinity + self-guided", "affinity + PAMR", "raw + PAMR"]
     scores, bands, ms = ({n: f() for n in names} for f in (lambda: MapScores(K), lambda: MapScores(K), list))
     crf_grid = [t / 100 for t in range(15, 45, 5)] if dcrf else []
     crf, crf_band, crf_ms = ({t: 0 for t in crf_grid}, {t: 0 for t in crf_grid}, [])
-    images = np.random.default_rng(0).permutation([i for i in range(len(voc)) if voc.mask_path(i)])[:count]
+    images = np.random.default_rng(2).permutation([i for i in range(len(voc)) if voc.mask_path(i)])[:count]
     line = train.Progress("refinement")
     for n, i in enumerate(images):
         image, y = voc.image(i), voc.labels[i]
