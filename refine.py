@@ -7,7 +7,7 @@
 
 Ke & Hsu (2018), abstract, sentences 5-8, name the stages and what each looks at; every formula, graph and number below is
 our choice, its source named beside it. Symbols: B images, K foreground classes, (h,w) a feature grid, (H,W) the image;
-i, j pixels of one grid; k a class. All functions are pure, batched, float32, differentiable, and run on any device.
+i, j pixels of one grid; k a class. All functions are pure, batched, float32, differentiable (labels aside), and run on any device.
 """
 import torch
 import torch.nn.functional as F
@@ -185,7 +185,8 @@ def self_guided(maps, image, radius=6, eps=1e-5):
     """q_i = clamp(up(mean(a))_i . I_i + up(mean(b))_i, 0, 1): the training image itself guides its maps to full resolution.
 
     The coefficients are fitted on the maps' own grid, to the image averaged down to it; the maps are never upsampled, only the
-    coefficients are, and every edge in q comes from the image's own pixels (Fast Guided Filter, He & Sun 2015).
+    coefficients are, and every edge in q comes from the image's own pixels (Fast Guided Filter, He & Sun 2015). Cells of the averaged image lie up to
+    half a cell beside the maps' corner-aligned nodes at the border: no worse than exact alignment where it was measured.
 
     maps (B,K,h,w) in [0,1]; image (B,3,H,W) in [0,1]; radius in cells of the maps' grid. Returns (B,K,H,W) in [0,1]; a map that
     is zero everywhere stays zero. Source: abstract, sentence 7. That the paper's refinement is this filter is our reading
@@ -194,8 +195,7 @@ def self_guided(maps, image, radius=6, eps=1e-5):
     small = F.interpolate(image, maps.shape[-2:], mode="area")     # (B,3,h,w)
     a, b = guided_coefficients(maps, small, radius, eps)
     up = lambda x: F.interpolate(x, image.shape[-2:], mode="bilinear", align_corners=True)
-    a = up(a.flatten(1, 2)).unflatten(1, a.shape[1:3])             # (B,K,3,H,W)
-    return ((a * image[:, None]).sum(2) + up(b)).clamp(0, 1)
+    return (up(b) + sum(up(a[:, :, c]) * image[:, c:c + 1] for c in range(3))).clamp(0, 1)   # (B,K,H,W), a colour at a time
 
 
 # ---- 4. maps -> pseudo labels ------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ class Config:
     lr: float = option(0.01, "SGD learning rate, heads x10 on ImageNet weights, polynomial decay 0.9 in every phase (DeepLab's)", toy=0.1, least=1e-9)
     weight_decay: float = option(1e-4, "SGD weight decay (our choice)", least=0)
     affinity: bool = option(True, "stage 2, affinity guidance")
-    self_guided: bool = option(True, "stage 3, self-guided refinement")
+    self_guided: bool = option(True, "stage 3, self-guided refinement of the maps, and of the head's answer when segmenting")
     steps: int = option(40, "steps of the affinity walk (tuned)", least=0)
     strength: float = option(100.0, "round 1: lambda of the affinity energy (tuned)", toy=5.0, least=0)
     seg_strength: float = option(10.0, "later rounds: the same; the head has learnt the first walk already (tuned)", toy=5.0, least=0)
@@ -66,7 +66,7 @@ class Config:
     eps: float = option(1e-5, "eps of the guided filter (tuned)", toy=1e-3, least=1e-9)
     soften: float = option(2.0, "divides the segmentation logits when rounds after the first refine them (tuned)", least=1e-3)
     least: float = option(0.3, "softened probabilities are stretched to a maximum of 1, by at most 1/least (tuned)", least=1e-5)
-    lo: float = option(0.35, "round 1: background where every CAM map stays below (tuned; ToCo: 0.25)", toy=0.55, least=0)
+    lo: float = option(0.35, "round 1: background where every CAM map stays below (tuned, once on val: README; ToCo: 0.25)", toy=0.55, least=0)
     hi: float = option(0.50, "round 1: a class where its CAM map passes (tuned; ToCo: 0.7)", toy=0.75, least=0)
     seg_lo: float = option(0.45, "later rounds: the same for the softened probabilities (tuned)", toy=0.55, least=0)
     seg_hi: float = option(0.60, "later rounds: the same for the softened probabilities (tuned)", toy=0.75, least=0)
@@ -74,7 +74,7 @@ class Config:
     supervised: bool = option(False, "train on the true masks: the upper bound, for measuring only")
     seed: int = option(0, "of weights, order and augmentation", least=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    workers: int = option(1, "loader processes; never changes the result", toy=0, least=0)
+    workers: int = option(-1, "loader processes; -1: none on a CPU (fastest on two cores), 4 with CUDA; never changes the result", least=-1)
     save_minutes: float = option(5.0, "longest time between two checkpoints", least=0)
 
 
@@ -140,12 +140,12 @@ def load(path):
     """The dict in a checkpoint or weights file, as data: no pickled code ever runs. Raises InputError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        reason = None if isinstance(state, dict) else f"a {type(state).__name__}"
+        if not isinstance(state, dict):
+            raise TypeError(f"holds a {type(state).__name__}")
+        return state
     except Exception as e:                                         # zip, pickle, storage and file errors of a dozen types
         reason = f"{type(e).__name__} {e}"[:80]
-    if reason:
         raise InputError(f"{path}: not a checkpoint ({reason}); expected a torch file of plain tensors; give a whole one")
-    return state
 
 
 def load_run(folder):
@@ -164,7 +164,7 @@ def build(cfg, classes, state=None):
     torch.manual_seed(cfg.seed)
     net = SGSeg(len(classes), cfg.backbone)
     try:
-        if state:
+        if state is not None:
             if list(state["classes"]) != list(classes):
                 raise ValueError(f"its classes are {state['classes']}")
             net.load_state_dict(state["model"])
@@ -173,7 +173,7 @@ def build(cfg, classes, state=None):
         else:
             net.backbone.load_imagenet(imagenet_weights(cfg.backbone, cfg.weights))
     except (RuntimeError, AttributeError, KeyError, TypeError, ValueError) as e:
-        raise InputError(f"{'checkpoint.pt' if state else cfg.weights}: does not fit {cfg.backbone} with {len(classes)} classes "
+        raise InputError(f"{cfg.weights if state is None else 'checkpoint.pt or warmup.pt'}: does not fit {cfg.backbone} with {len(classes)} classes "
                          f"({str(e)[:120]}); expected weights of this network; give the run's own --voc, or other --weights")
     return net.to(cfg.device, memory_format=torch.channels_last)
 
@@ -213,7 +213,7 @@ class Run:
         if not cfg.voc and not (kit / "classes.txt").exists():
             make_toy(kit)
         self.voc = VOC(kit, "train", cfg.difficult)
-        absent = [self.voc.classes[k] for k in (self.voc.scan(Progress("scan train")).sum(0) == 0).nonzero()[:, 0]]
+        absent = [self.voc.classes[k] for k in (self.voc.scan(Progress("scan train"), cfg.supervised).sum(0) == 0).nonzero()[:, 0]]
         if absent:
             print(f"warning: no training image is tagged {', '.join(absent)}; not learnt", file=sys.stderr)
         if cfg.supervised and not all(self.voc.mask_path(i) for i in range(len(self.voc))):
@@ -340,7 +340,8 @@ def batches(run, size):
     order = np.random.default_rng([cfg.seed, at["epoch"]]).permutation(len(run.voc)).tolist()
     path = None if at["round"] == 0 else run.voc.mask_path if cfg.supervised else run.label_path
     crops = Crops(run.voc, cfg.crop, cfg.size, (cfg.scale_min, cfg.scale_max), cfg.seed, at["epoch"], path)
-    return torch.utils.data.DataLoader(crops, size, sampler=order[at["step"] * size:], drop_last=True, num_workers=cfg.workers,
+    workers = cfg.workers if cfg.workers >= 0 else 4 * cfg.device.startswith("cuda")
+    return torch.utils.data.DataLoader(crops, size, sampler=order[at["step"] * size:], drop_last=True, num_workers=workers,
                                        pin_memory=cfg.device.startswith("cuda"), worker_init_fn=quiet)
 
 

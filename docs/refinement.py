@@ -66,7 +66,7 @@ def trimap(target, width=5):
 
 
 def quality(net, cfg, voc, count):
-    """Print the table of refinements of the CAM maps of `count` training images drawn with seed 2 (the options were tuned on others)."""
+    """Print the table of refinements of the CAM maps of `count` training images drawn with seed 2 (most of them not used for tuning)."""
     K = len(voc.classes)
     names = ["raw", "affinity", "affinity + self-guided", "affinity + PAMR", "raw + PAMR"]
     scores, bands, ms = ({n: f() for n in names} for f in (lambda: MapScores(K), lambda: MapScores(K), list))

@@ -16,7 +16,7 @@ if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     state, stored = train.load_run(sys.argv[1])
-    cfg = train.configure({}, sys.argv[1], stored)
+    cfg = train.configure({"workers": -1}, sys.argv[1], stored)    # the default of this machine, whatever RUN was given
     run = train.Run(cfg, state)
     cfg.epochs = 1                                                 # one epoch of the last round
     run.at.update(round=cfg.rounds, epoch=cfg.warmup + cfg.rounds - 1, step=0)
