@@ -98,7 +98,7 @@ def affinity_guided(maps, features, steps=40, strength=100.0, dilations=DILATION
 def affinity_energy(maps, features, start=None, strength=1.0, dilations=DILATIONS, temperature=0.1):
     """E / pairs = [sum_i d_i (M_i - M0_i)^2 + lambda sum_ij A_ij (M_i - M_j)^2 / 2] / (number of neighbour pairs ij).
 
-    The energy that `affinity_guided` lowers, a scalar averaged over batch and classes. With start = None the first sum is
+    The energy that `affinity_guided` lowers (at the same strength), averaged over batch and classes. With start = None the first sum is
     left out: a loss on unrefined maps that asks them to agree with the features. maps, start (B,K,h,w); features (B,C,h,w).
     Gradients flow to all of them: detach what should not move.
     """
@@ -139,7 +139,7 @@ def guided_coefficients(p, I, radius, eps):
 
     p (B,K,h,w) float32, the maps; I (B,3,h,w) in [0,1], the guidance image; Sigma_k, mu_k the 3x3 covariance and mean of I
     in omega_k; U the identity. Returns mean(a) (B,K,3,h,w) and mean(b) (B,K,h,w), means over the windows that hold a pixel.
-    Source: He, Sun & Tang, Guided Image Filtering, PAMI 2013, eqs. 14-16. Raises ValueError when the sizes differ.
+    Source: He, Sun & Tang, Guided Image Filtering, PAMI 2013, eqs. 14-16. Raises ValueError: sizes differ, radius < 0, eps <= 0.
     """
     if p.shape[-2:] != I.shape[-2:] or radius < 0 or eps <= 0:
         raise ValueError(f"want p {tuple(p.shape)} and I {tuple(I.shape)} of one size, radius >= 0 and eps > 0")
@@ -173,20 +173,23 @@ def guided_filter(p, I, radius, eps):
     """q_i = mean(a)_i . I_i + mean(b)_i: the guided filter of He, Sun & Tang (PAMI 2013), p and I on one grid.
 
     p (B,K,H,W) float32; I (B,3,H,W) in [0,1]. Returns (B,K,H,W), not clamped. Small eps: the image speaks; large eps: a
-    plain box mean. Raises ValueError when the sizes differ.
-
-    A flat guidance image has Sigma = 0, hence a = 0 and q = mean of mean(p): nothing to transfer.
+    plain box mean. A flat image has Sigma = 0, so a = 0 and q = mean of mean(p). Raises ValueError as guided_coefficients.
     """
-    a, b = guided_coefficients(p, I, radius, eps)
+    a, b = guided_coefficients(p, I, radius, eps)                  # (B,K,3,H,W) (B,K,H,W)
     return (a * I[:, None]).sum(2) + b
+
+
+def up(x, size):
+    """Bilinear x (B,C,h,w) -> (B,C,*size) with corners on corners, as sizes 16n+1 and strides 4, 8, 16 want it."""
+    return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
 def self_guided(maps, image, radius=6, eps=1e-5):
     """q_i = clamp(up(mean(a))_i . I_i + up(mean(b))_i, 0, 1): the training image itself guides its maps to full resolution.
 
     The coefficients are fitted on the maps' own grid, to the image averaged down to it; the maps are never upsampled, only the
-    coefficients are, and every edge in q comes from the image's own pixels (Fast Guided Filter, He & Sun 2015). Cells of the averaged image lie up to
-    half a cell beside the maps' corner-aligned nodes at the border: no worse than exact alignment where it was measured.
+    coefficients are, and every edge in q comes from the image's own pixels (Fast Guided Filter, He & Sun 2015). Averaging
+    puts cells up to half a cell beside the maps' nodes at the border: as good as exact alignment where measured.
 
     maps (B,K,h,w) in [0,1]; image (B,3,H,W) in [0,1]; radius in cells of the maps' grid. Returns (B,K,H,W) in [0,1]; a map that
     is zero everywhere stays zero. Source: abstract, sentence 7. That the paper's refinement is this filter is our reading
@@ -194,8 +197,8 @@ def self_guided(maps, image, radius=6, eps=1e-5):
     """
     small = F.interpolate(image, maps.shape[-2:], mode="area")     # (B,3,h,w)
     a, b = guided_coefficients(maps, small, radius, eps)
-    up = lambda x: F.interpolate(x, image.shape[-2:], mode="bilinear", align_corners=True)
-    return (up(b) + sum(up(a[:, :, c]) * image[:, c:c + 1] for c in range(3))).clamp(0, 1)   # (B,K,H,W), a colour at a time
+    size = image.shape[-2:]
+    return (up(b, size) + sum(up(a[:, :, c], size) * image[:, c:c + 1] for c in range(3))).clamp(0, 1)   # (B,K,H,W), a colour at a time
 
 
 # ---- 4. maps -> pseudo labels ------------------------------------------------------------------------------------------

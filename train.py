@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw
 import refine
 from data import (IGNORE, VOC, Crops, InputError, MapScores, aligned, confusion, make_toy, palette, palette_image, read_image,
                   read_mask, summary, to_tensor)
+from refine import up
 from sgseg import BACKBONES, SGSeg
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"   # PyTorch's own
@@ -173,7 +174,8 @@ def build(cfg, classes, state=None):
         else:
             net.backbone.load_imagenet(imagenet_weights(cfg.backbone, cfg.weights))
     except (RuntimeError, AttributeError, KeyError, TypeError, ValueError) as e:
-        raise InputError(f"{cfg.weights if state is None else 'checkpoint.pt or warmup.pt'}: does not fit {cfg.backbone} with {len(classes)} classes "
+        source = cfg.weights if state is None else "checkpoint.pt or warmup.pt"
+        raise InputError(f"{source}: does not fit {cfg.backbone} with {len(classes)} classes "
                          f"({str(e)[:120]}); expected weights of this network; give the run's own --voc, or other --weights")
     return net.to(cfg.device, memory_format=torch.channels_last)
 
@@ -271,11 +273,6 @@ class Run:
 
 
 # ---- refine: network fixed, labels change ------------------------------------------------------------------------------
-
-def up(x, size):
-    """Bilinear x (B,C,h,w) -> (B,C,*size) with corners on corners, as sizes 16n+1 and strides 4, 8, 16 want it."""
-    return F.interpolate(x, size, mode="bilinear", align_corners=True)
-
 
 def network_outputs(net, image, cfg):
     """Of one PIL image, both averaged with its mirror image's: S (1,K,h/8,w/8), s (1,K), Z (1,K+1,h/8,w/8); and F_mid."""

@@ -162,6 +162,6 @@ if __name__ == "__main__":
     name = sys.argv[4] if len(sys.argv) > 4 else "warmup.pt"
     voc = VOC(sys.argv[2], "train", stored.difficult)
     voc.scan(train.Progress("scan train"))
-    cfg = train.configure({}, sys.argv[1], stored)
+    cfg = train.configure({"device": "cpu"}, sys.argv[1], stored)
     net = train.build(cfg, voc.classes, train.load(Path(sys.argv[1]) / name)).eval()
     quality(net, cfg, voc, int(sys.argv[3]) if len(sys.argv) > 3 else 60)

@@ -1,7 +1,7 @@
-"""Wall time of an update epoch against bare steps: python docs/update.py RUN [steps]
+"""Wall time of an update epoch against bare steps: python docs/update.py RUN
 
 Bare: forward, backward and optimizer step of the same network on one batch already in memory. Epoch: what `train.py` does
-with the pseudo labels of RUN's last round, from loading the images on. Neither is saved. RUN keeps its --voc.
+with the pseudo labels of RUN's last round, from loading the images on. Neither is saved. For a CPU: the bare steps know no autocast.
 """
 import sys
 import time
@@ -36,7 +36,7 @@ if __name__ == "__main__":
             run.opt.step()
         return time.perf_counter() - start
     for group in run.opt.param_groups:
-        group["lr"] = 0.0                                          # the same work, and the network stays what it is
+        group["lr"] = 0.0                                          # the same work; bare steps leave the network as it is
     bare(3)
     times = []
     for n in range(2):                                             # one before, one after: clocks drift
