@@ -55,7 +55,7 @@ class Config:
     size: int = option(500, "long side at refining and testing; training scales it (VOC's own long side)", toy=97, least=17)
     scale_min: float = option(0.5, "least random scale of --size in training (our choice)", toy=0.75, least=0.01)
     scale_max: float = option(1.0, "largest random scale of --size in training (our choice)", toy=1.25, least=0.01)
-    lr: float = option(0.01, "SGD learning rate, heads x10 on ImageNet weights, polynomial decay 0.9 in every phase (DeepLab's)", toy=0.1, least=1e-9)
+    lr: float = option(0.01, "SGD learning rate, heads x10 on ImageNet weights; decay 0.9 in every phase (DeepLab's), halved every round (ours)", toy=0.1, least=1e-9)
     weight_decay: float = option(1e-4, "SGD weight decay (our choice)", least=0)
     affinity: bool = option(True, "stage 2, affinity guidance")
     self_guided: bool = option(True, "stage 3, self-guided refinement of the maps, and of the head's answer when segmenting")
@@ -377,7 +377,7 @@ def update(run):
         for x, y, labels, index in batches(run, size):
             k = (at["epoch"] - first) * steps + at["step"]
             for group in run.opt.param_groups:
-                group["lr"] = cfg.lr * group["scale"] * (1 - k / total) ** 0.9
+                group["lr"] = cfg.lr * group["scale"] * 0.5 ** max(0, at["round"] - 1) * (1 - k / total) ** 0.9
             x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 L_cls, L_seg = losses(net, x, y.to(device), labels.to(device))
