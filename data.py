@@ -15,7 +15,6 @@ VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningt
                "pottedplant sheep sofa train tvmonitor").split()
 CORE = {"background", "cat", "cow", "dog", "horse", "person", "sheep"}   # the classes our VOC subset was drawn for
 
-
 class InputError(Exception):
     """The one error a user can cause: 'file: what is wrong; expected what; fix'. train.py prints it and exits with 2."""
 
@@ -23,9 +22,7 @@ class InputError(Exception):
         message = message.split("InputError: ")[-1]                # a loader process puts its traceback in front
         super().__init__(" ".join(message.split()))                # one line, whatever a parser put into it
 
-
 # ---- files -> arrays ---------------------------------------------------------------------------------------------------
-
 def decoded(path, convert):
     """convert(PIL image in path); every failure of Pillow's parsers and decoders, a dozen types, turned into InputError."""
     try:
@@ -36,7 +33,6 @@ def decoded(path, convert):
     except Exception as e:
         raise InputError(f"{path}: cannot be read as an image ({e}); expected a whole JPEG or PNG; replace it or unlist its id")
 
-
 def read_image(path):
     """RGB PIL image, upright (EXIF), from grey, CMYK, palette, RGBA or 16-bit files too. Raises InputError."""
     def convert(image):
@@ -46,7 +42,6 @@ def read_image(path):
         return image.convert("RGB")
     return decoded(path, convert)
 
-
 def upright_size(path):
     """(W,H) after EXIF rotation, from the header; a JPEG without its end marker is decoded to see. Raises InputError."""
     def convert(image):
@@ -54,7 +49,6 @@ def upright_size(path):
             image.load()
         return image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size
     return decoded(path, convert)
-
 
 def read_mask(path, size, num_classes):
     """Palette or grey PNG -> (H,W) uint8 with 0..num_classes and 255. size is the image's (W,H). Raises InputError."""
@@ -65,7 +59,6 @@ def read_mask(path, size, num_classes):
     if wrong.size:
         raise InputError(f"{path}: index {wrong[0]}; expected 0..{num_classes} or 255; re-export it with this class list")
     return mask
-
 
 def read_tags(path, classes, difficult=True):
     """Set of class names in a VOC annotation: `object/name` directly, never an object's parts; without difficult, not objects
@@ -83,7 +76,6 @@ def read_tags(path, classes, difficult=True):
                          f"<object><name> of {' '.join(classes)}; mend it, edit classes.txt, or unlist its id")
     return tags
 
-
 def read_list(path):
     """Image ids, one a line; CRLF, blank lines and the -1/0/1 column of ImageSets/Main are understood (-1 is left out)."""
     try:
@@ -98,9 +90,7 @@ def read_list(path):
         raise InputError(f"{path}: lists no image; expected one id a line; fill it")
     return ids
 
-
 # ---- the devkit --------------------------------------------------------------------------------------------------------
-
 class VOC:
     """One split of a devkit: ids, and for i the image, its tags y (K,) and, for scoring only, its mask.
 
@@ -154,19 +144,15 @@ class VOC:
             progress(i + 1, len(self))
         return self.labels
 
-
 # ---- images -> network inputs ------------------------------------------------------------------------------------------
-
 def to_tensor(image):
     """PIL RGB -> (3,H,W) float32 in [0,1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-
 
 def aligned(image, size):
     """Resize so that the long side is about `size` and both sides are 16n+1, where every feature grid is aligned."""
     scale = size / max(image.size)
     return image.resize([16 * max(1, round((side * scale - 1) / 16)) + 1 for side in image.size], Image.BILINEAR)
-
 
 class Crops(torch.utils.data.Dataset):
     """Joint scale / flip / crop of image i and its label map: everything random is drawn from (seed, epoch, i) alone.
@@ -204,14 +190,11 @@ class Crops(torch.utils.data.Dataset):
             label = torch.from_numpy(np.array(cut(Image.fromarray(indices), Image.NEAREST, IGNORE))).long()
         return to_tensor(cut(image, Image.BILINEAR, (128,) * 3)), self.voc.labels[i], label, i
 
-
 # ---- label maps and their scores ---------------------------------------------------------------------------------------
-
 def palette():
     """VOC's 256 colours, flat [r,g,b,r,g,b,...]: bits 3b, 3b+1, 3b+2 of the index are bit 7-b of red, green, blue."""
     index, channel = np.mgrid[:256, :3]
     return sum(((index >> (3 * b + channel)) & 1) << (7 - b) for b in range(8)).flatten().tolist()
-
 
 def palette_image(label):
     """(H,W) uint8 indices -> PIL palette image in VOC's colours."""
@@ -219,71 +202,48 @@ def palette_image(label):
     image.putpalette(palette())
     return image
 
-
 def confusion(target, prediction, num_classes):
     """C[g,p] = pixels of true class g predicted p, over pixels whose target is not 255: (K+1,K+1) int64."""
     n, keep = num_classes + 1, target != IGNORE
     return np.bincount(n * target[keep].astype(int) + prediction[keep], minlength=n * n).reshape(n, n)
 
-
-def iou(C):
-    """IoU_k = C_kk / (row_k + column_k - C_kk), nan for a class in no mask; mIoU is the mean over the others."""
-    C = np.asarray(C, float)
-    return np.where(C.sum(1) > 0, C.diagonal() / np.maximum(C.sum(0) + C.sum(1) - C.diagonal(), 1), np.nan)
-
-
 def summary(C, classes):
-    """{"miou", "core", "iou": {class: x}}: means in [0,1] over the classes that occur in a mask; core is None outside VOC."""
-    scores = {name: round(float(x), 4) for name, x in zip(["background", *classes], iou(C)) if x == x}
+    """{"miou", "core", "iou": {class: x}} of a confusion matrix: IoU_k = C_kk / (row_k + column_k - C_kk) in [0,1] of the classes that
+    occur in a mask, and its means over them; core is None outside VOC."""
+    hit, rows, columns = C.diagonal(), C.sum(1), C.sum(0)
+    scores = {name: round(float(h / (r + c - h)), 4) for name, h, r, c in zip(["background", *classes], hit, rows, columns) if r}
     core = [x for name, x in scores.items() if name in CORE and CORE <= {"background", *classes}]
     return {"miou": round(sum(scores.values()) / max(1, len(scores)), 4),
             "core": round(sum(core) / len(core), 4) if core else None, "iou": scores}
 
+def map_histogram(target, maps, present, num_classes):
+    """H[g,c,b] = pixels of true class g whose best class is c with value in bin b of 100: (K+1,K+1,101) int64, where maps
+    (P,H,W) in [0,1] are of the classes whose indices 0..K-1 are present (P,). It scores maps at every threshold at once."""
+    n, keep, (best, k) = num_classes + 1, target != IGNORE, maps.max(0)
+    flat = (target[keep].astype(int) * n + present[k.numpy()[keep]] + 1) * 101 + (best.numpy()[keep] * 100).astype(int)
+    return np.bincount(flat, minlength=n * n * 101).reshape(n, n, 101)
 
-class MapScores:
-    """Scores maps M (K,H,W) against masks at every threshold t at once: prediction = class argmax_k M_k if max M >= t, else 0.
-
-    H[g,c,b] counts pixels of true class g whose best class is c with value in bin b of 100; C(t) moves all bins below t to
-    the background column.
-    """
-
-    def __init__(self, num_classes):
-        self.n = num_classes + 1
-        self.H = np.zeros((self.n, self.n, 101), np.int64)
-
-    def add(self, target, maps, present):
-        """target (H,W) uint8; maps (P,H,W) in [0,1] of the classes whose indices 0..K-1 are present (P,)."""
-        best, k = maps.max(0)
-        keep, c = target != IGNORE, np.asarray(present)[k.numpy()] + 1
-        flat = (target[keep].astype(int) * self.n + c[keep]) * 101 + (best.numpy()[keep] * 100).astype(int)
-        self.H += np.bincount(flat, minlength=self.H.size).reshape(self.H.shape)
-
-    def confusion(self, threshold):
-        """C (K+1,K+1) at a threshold in [0,1], to two decimals."""
-        b = round(threshold * 100)
-        C = self.H[:, :, b:].sum(2)
-        C[:, 0] += self.H[:, :, :b].sum((1, 2))
-        return C
-
+def thresholded(H, t):
+    """Confusion matrix (K+1,K+1) of: class argmax_k M_k where max_k M_k >= t (to two decimals), else background."""
+    b = round(100 * t)
+    C = H[:, :, b:].sum(2)
+    C[:, 0] += H[:, :, :b].sum((1, 2))
+    return C
 
 # ---- the toy set -------------------------------------------------------------------------------------------------------
-
 TOY_CLASSES = ("disc", "square", "triangle", "cross")
 TOY_HUES = np.array([(200, 70, 60), (70, 90, 200), (50, 190, 60), (210, 180, 50)])
-
 
 def _texture(rng, size, colour):
     """(size,size,3) float: smooth blotches of two nearby colours plus fine grain."""
     t = Image.fromarray(rng.integers(0, 255, (5, 5), dtype=np.uint8)).resize((size, size), Image.BICUBIC)
     return colour + rng.uniform(-35, 35, 3) * np.asarray(t)[:, :, None] / 255 + rng.normal(0, 8, (size, size, 1))
 
-
 def _inside(shape, u, v):
     """Which points (u,v) lie in a shape of radius 1."""
     return {"disc": u ** 2 + v ** 2 < 1, "square": np.maximum(abs(u), abs(v)) < 0.75,
             "triangle": np.maximum(-v, 0.87 * abs(u) + 0.5 * v) < 0.6,
             "cross": (np.minimum(abs(u), abs(v)) < 0.3) & (np.maximum(abs(u), abs(v)) < 1)}[shape]
-
 
 def make_toy(root, train=240, val=60, size=97, seed=0):
     """Write a small VOC devkit under root: JPEG images, XML tags, palette masks, lists, classes.txt. Returns root as Path.

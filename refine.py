@@ -15,9 +15,7 @@ import torch.nn.functional as F
 IGNORE = 255                                                       # VOC's "void" index: no loss, no score
 DILATIONS = (1, 3, 6, 12, 24)                                      # 40 neighbours, near and far (our choice, after PAMR)
 
-
 # ---- 1. high-level features -> class-specific localization maps --------------------------------------------------------
-
 def localization_maps(scores, labels, least=1e-5):
     """M_k = y_k relu(S_k) / max(max_ij relu(S_k), least): where the classes named by the tags roughly are.
 
@@ -35,9 +33,7 @@ def localization_maps(scores, labels, least=1e-5):
     M = scores.relu() * labels[:, :, None, None]
     return M / M.amax((2, 3), keepdim=True).clamp_min(least)
 
-
 # ---- 2. intermediate features -> affinity guidance ---------------------------------------------------------------------
-
 def neighbours(h, w, dilations, device=None):
     """The graph: each pixel of an (h,w) grid and the 8 around it at every dilation, N = 8 len(dilations) neighbours.
 
@@ -50,7 +46,6 @@ def neighbours(h, w, dilations, device=None):
     x = torch.arange(w, device=device).repeat(h)[:, None] + dx     # (hw,N)
     inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)
     return y.clamp(0, h - 1) * w + x.clamp(0, w - 1), inside
-
 
 def affinity(features, dilations=DILATIONS, temperature=0.1):
     """A_ij = exp(cos(f_i, f_j) / temperature) between neighbours, f the features less their mean over the image.
@@ -65,7 +60,6 @@ def affinity(features, dilations=DILATIONS, temperature=0.1):
     f = f.transpose(1, 2)                                          # (B,hw,C)
     cos = torch.stack([(f * f[:, j]).sum(-1) for j in index.T], -1)   # (B,hw,N), one neighbour at a time: memory stays linear
     return ((cos - 1) / temperature).exp() * inside, index         # the -1 cancels in P and keeps exp() in range
-
 
 def affinity_guided(maps, features, steps=40, strength=100.0, dilations=DILATIONS, temperature=0.1):
     """M <- (M0 + lambda P M) / (1 + lambda), P = D^-1 A: a lazy random walk that starts at M0 and settles where
@@ -94,7 +88,6 @@ def affinity_guided(maps, features, steps=40, strength=100.0, dilations=DILATION
         M = (M0 + strength * (P * M[:, :, index]).sum(-1)) / (1 + strength)
     return M.unflatten(2, maps.shape[-2:])                         # (B,K,h,w)
 
-
 def affinity_energy(maps, features, start=None, strength=1.0, dilations=DILATIONS, temperature=0.1):
     """E / pairs = [sum_i d_i (M_i - M0_i)^2 + lambda sum_ij A_ij (M_i - M_j)^2 / 2] / (number of neighbour pairs ij).
 
@@ -109,9 +102,7 @@ def affinity_energy(maps, features, start=None, strength=1.0, dilations=DILATION
         E = E + (A.sum(-1)[:, None] * (M - start.flatten(2)) ** 2).sum(-1)
     return (E / (A > 0).sum((1, 2)).clamp_min(1)[:, None]).mean()
 
-
 # ---- 3. the image itself -> self-guided refinement ---------------------------------------------------------------------
-
 def box_mean(x, radius):
     """Mean over the (2r+1)^2 window around each pixel, cut at the border and divided by the pixels in it.
 
@@ -130,7 +121,6 @@ def box_mean(x, radius):
         x.narrow(dim, r + 1, n - r - 1).sub_(total.narrow(dim, 0, n - r - 1))
         counts.append((i + r + 1).clamp_max(n) - (i - r).clamp_min(0))
     return x / (counts[0][:, None] * counts[1])
-
 
 def guided_coefficients(p, I, radius, eps):
     """In every window omega_k the result is an affine function of the colours, q_i = a_k . I_i + b_k, fitted to p:
@@ -168,7 +158,6 @@ def guided_coefficients(p, I, radius, eps):
     a = a.unflatten(1, (K, 3))
     return a, b + mp - (a * mI[:, None]).sum(2)
 
-
 def guided_filter(p, I, radius, eps):
     """q_i = mean(a)_i . I_i + mean(b)_i: the guided filter of He, Sun & Tang (PAMI 2013), p and I on one grid.
 
@@ -178,11 +167,9 @@ def guided_filter(p, I, radius, eps):
     a, b = guided_coefficients(p, I, radius, eps)                  # (B,K,3,H,W) (B,K,H,W)
     return (a * I[:, None]).sum(2) + b
 
-
 def up(x, size):
     """Bilinear x (B,C,h,w) -> (B,C,*size) with corners on corners, as sizes 16n+1 and strides 4, 8, 16 want it."""
     return F.interpolate(x, size, mode="bilinear", align_corners=True)
-
 
 def self_guided(maps, image, radius=6, eps=1e-5):
     """q_i = clamp(up(mean(a))_i . I_i + up(mean(b))_i, 0, 1): the training image itself guides its maps to full resolution.
@@ -200,9 +187,7 @@ def self_guided(maps, image, radius=6, eps=1e-5):
     size = image.shape[-2:]
     return (up(b, size) + sum(up(a[:, :, c], size) * image[:, c:c + 1] for c in range(3))).clamp(0, 1)   # (B,K,H,W), a colour at a time
 
-
 # ---- 4. maps -> pseudo labels ------------------------------------------------------------------------------------------
-
 def pseudo_labels(maps, labels, lo, hi):
     """Class argmax_k M_k where max_k M_k > hi; background 0 where max_k M_k < lo; 255 (ignored by the loss) between.
 

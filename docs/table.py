@@ -10,11 +10,9 @@ import numpy as np
 
 CORE = "background cat cow dog horse person sheep".split()
 
-
 def percent(x):
     """0.1234 -> 12.3; empty for None."""
     return "" if x is None else f"{100 * x:.1f}"
-
 
 def one(folder):
     """Print the table of stages and the table of rounds of one run."""
@@ -32,7 +30,6 @@ def one(folder):
         if "val_core" in m:
             print(f"| {m['round']} | {percent(m['val_core'])} | {percent(m['val_miou'])} |")
 
-
 def headline(folder):
     """Peak core of the raw and of the refined maps, core of the last labels, val core after each round, val mIoU."""
     results = json.loads((folder / "results.json").read_text())
@@ -41,7 +38,6 @@ def headline(folder):
     return {"raw maps, peak": maps["cam"]["peak"]["core"], "refined maps, peak": maps["self_guided"]["peak"]["core"],
             **{f"labels of round {n}": s["core"] for n, s in enumerate(labels, 1)},
             **{f"val after round {n}": x for n, x in enumerate(rounds, 1)}, "val mIoU": results["val"]["seg"]["miou"]}
-
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
