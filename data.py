@@ -17,7 +17,6 @@ CORE = {"background", "cat", "cow", "dog", "horse", "person", "sheep"}   # the c
 
 class InputError(Exception):
     """The one error a user can cause: 'file: what is wrong; expected what; fix'. train.py prints it and exits with 2."""
-
     def __init__(self, message):
         message = message.split("InputError: ")[-1]                # a loader process puts its traceback in front
         super().__init__(" ".join(message.split()))                # one line, whatever a parser put into it
@@ -96,7 +95,6 @@ class VOC:
 
     path is the folder that holds ImageSets, or the one above it, or the one above VOCdevkit. Raises InputError.
     """
-
     def __init__(self, path, split, difficult=True):
         roots = [root for root in (Path(path), Path(path) / "VOC2012", Path(path) / "VOCdevkit" / "VOC2012")
                  if (root / "ImageSets" / "Segmentation").is_dir()]
@@ -106,10 +104,11 @@ class VOC:
         self.root, self.difficult, self.labels = roots[0], difficult, None   # labels (n,K) float32 come with scan
         lists, names = self.root / "ImageSets" / "Segmentation", self.root / "classes.txt"
         self.ids = read_list(lists / ("train_aug.txt" if split == "train" and (lists / "train_aug.txt").exists() else f"{split}.txt"))
-        lines = names.read_text(errors="replace").splitlines() if names.exists() else VOC_CLASSES
+        lines = names.read_text(encoding="utf-8-sig", errors="replace").splitlines() if names.exists() else VOC_CLASSES
         self.classes = [line.strip() for line in lines if line.strip()]
-        if not 0 < len(set(self.classes)) == len(self.classes) < 255:
-            raise InputError(f"{names}: {len(self.classes)} classes; expected 1 to 254 different names, one a line; mend it")
+        if not 0 < len(set(self.classes)) == len(self.classes) < 255 or "background" in self.classes:
+            raise InputError(f"{names}: {len(self.classes)} classes; expected 1 to 254 different names without background, one a line; "
+                             "mend it")
 
     def __len__(self):
         return len(self.ids)
@@ -128,7 +127,7 @@ class VOC:
         return next((path for path in paths if path.exists()), None)
 
     def mask(self, i, size):
-        """(H,W) uint8 ground truth of image i. For measuring and for the supervised upper bound; never for training."""
+        """(H,W) uint8 ground truth of image i. For measuring only."""
         return read_mask(self.mask_path(i), size, len(self.classes))
 
     def scan(self, progress, masks=False):
@@ -158,13 +157,12 @@ class Crops(torch.utils.data.Dataset):
     """Joint scale / flip / crop of image i and its label map: everything random is drawn from (seed, epoch, i) alone.
 
     The long side becomes size * U(scale), then a crop x crop window is cut; outside the image the input is grey 0.5 and the
-    label 255. label_path(i) names a PNG of pseudo labels, or is None while there are none (all 255). Returns image
+    label 255. label_paths lists the PNGs of pseudo labels, or is None while there are none (all 255). Returns image
     (3,crop,crop) float32 in [0,1], tags (K,) float32, label (crop,crop) int64 and i.
     """
-
-    def __init__(self, voc, crop, size, scale, seed, epoch, label_path=None):
+    def __init__(self, voc, crop, size, scale, seed, epoch, label_paths=None):
         self.voc, self.crop, self.size, self.scale = voc, crop, size, scale
-        self.seed, self.epoch, self.label_path = seed, epoch, label_path
+        self.seed, self.epoch, self.label_paths = seed, epoch, label_paths
 
     def __len__(self):
         return len(self.voc)
@@ -185,21 +183,16 @@ class Crops(torch.utils.data.Dataset):
             return ImageOps.mirror(canvas) if flip else canvas
 
         label = torch.full((c, c), IGNORE)
-        if self.label_path:
-            indices = read_mask(self.label_path(i), (w, h), len(self.voc.classes))
+        if self.label_paths:
+            indices = read_mask(self.label_paths[i], (w, h), len(self.voc.classes))
             label = torch.from_numpy(np.array(cut(Image.fromarray(indices), Image.NEAREST, IGNORE))).long()
         return to_tensor(cut(image, Image.BILINEAR, (128,) * 3)), self.voc.labels[i], label, i
 
 # ---- label maps and their scores ---------------------------------------------------------------------------------------
-def palette():
-    """VOC's 256 colours, flat [r,g,b,r,g,b,...]: bits 3b, 3b+1, 3b+2 of the index are bit 7-b of red, green, blue."""
-    index, channel = np.mgrid[:256, :3]
-    return sum(((index >> (3 * b + channel)) & 1) << (7 - b) for b in range(8)).flatten().tolist()
-
 def palette_image(label):
-    """(H,W) uint8 indices -> PIL palette image in VOC's colours."""
-    image = Image.fromarray(np.ascontiguousarray(label, dtype=np.uint8))
-    image.putpalette(palette())
+    """(H,W) uint8 indices -> PIL palette image in VOC's colours: bits 3b, 3b+1, 3b+2 of an index are bit 7-b of red, green, blue."""
+    image, (index, channel) = Image.fromarray(np.ascontiguousarray(label, dtype=np.uint8)), np.mgrid[:256, :3]
+    image.putpalette(sum(((index >> (3 * b + channel)) & 1) << (7 - b) for b in range(8)).flatten().tolist())
     return image
 
 def confusion(target, prediction, num_classes):
@@ -266,8 +259,7 @@ def make_toy(root, train=240, val=60, size=97, seed=0):
             grown = np.asarray(Image.fromarray(inside).convert("L").filter(ImageFilter.MaxFilter(3))) > 0
             image[inside] = _texture(rng, size, TOY_HUES[k] + rng.uniform(-30, 30, 3))[inside]
             mask[grown], mask[inside] = IGNORE, k + 1
-        tags = [TOY_CLASSES[k - 1] for k in np.unique(mask) if 0 < k < IGNORE]
-        objects = "".join(f"<object><name>{tag}</name></object>" for tag in tags)
+        objects = "".join(f"<object><name>{TOY_CLASSES[k - 1]}</name></object>" for k in np.unique(mask) if 0 < k < IGNORE)
         Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / "JPEGImages" / f"{name}.jpg", quality=92)
         (root / "Annotations" / f"{name}.xml").write_text(f"<annotation><filename>{name}.jpg</filename>{objects}</annotation>\n")
         palette_image(mask).save(root / "SegmentationClass" / f"{name}.png")

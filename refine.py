@@ -34,30 +34,22 @@ def localization_maps(scores, labels, least=1e-5):
     return M / M.amax((2, 3), keepdim=True).clamp_min(least)
 
 # ---- 2. intermediate features -> affinity guidance ---------------------------------------------------------------------
-def neighbours(h, w, dilations, device=None):
-    """The graph: each pixel of an (h,w) grid and the 8 around it at every dilation, N = 8 len(dilations) neighbours.
+def affinity(features, dilations=DILATIONS, temperature=0.1):
+    """A_ij = exp(cos(f_i, f_j) / temperature) between neighbours, f the features less their mean over the image.
 
-    Returns index (h*w,N) int64 of the neighbour j of pixel i, and inside (h*w,N) bool, False where j would leave the grid.
-    The graph is symmetric: j is a neighbour of i exactly when i is one of j. Our choice, after PAMR (Araslanov & Roth 2020).
+    The graph: each pixel i of the grid and the 8 around it at every dilation, N = 8 len(dilations) neighbours j; symmetric.
+    features (B,C,h,w). Returns A (B,h*w,N) >= 0, zero where j would leave the grid; index (h*w,N) int64, the pixel j. Taking
+    the mean away makes the cosine say "alike for this image". Our choice: the cosine as in SEAM (Wang et al. 2020), the graph as
+    in PAMR (Araslanov & Roth 2020); temperature and dilations chosen on our VOC subset's training masks, then frozen.
     """
+    (h, w), device = features.shape[-2:], features.device
     steps = [(dy * d, dx * d) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
     dy, dx = torch.tensor(steps, device=device).T                  # (N,) each
     y = torch.arange(h, device=device).repeat_interleave(w)[:, None] + dy   # (hw,N)
     x = torch.arange(w, device=device).repeat(h)[:, None] + dx     # (hw,N)
     inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)
-    return y.clamp(0, h - 1) * w + x.clamp(0, w - 1), inside
-
-def affinity(features, dilations=DILATIONS, temperature=0.1):
-    """A_ij = exp(cos(f_i, f_j) / temperature) between neighbours, f the features less their mean over the image.
-
-    features (B,C,h,w). Returns A (B,h*w,N) >= 0, zero where a neighbour leaves the grid; index (h*w,N). Taking the mean
-    away makes the cosine say "alike for this image". Our choice: the cosine as in SEAM (Wang et al. 2020), the local graph
-    as in PAMR (Araslanov & Roth 2020); temperature and dilations chosen on ../shared/voc's training masks, then frozen.
-    """
-    B, C, h, w = features.shape
-    index, inside = neighbours(h, w, dilations, features.device)   # (hw,N)
-    f = F.normalize((features - features.mean((2, 3), keepdim=True)).flatten(2), dim=1)   # (B,C,hw)
-    f = f.transpose(1, 2)                                          # (B,hw,C)
+    index = y.clamp(0, h - 1) * w + x.clamp(0, w - 1)
+    f = F.normalize((features - features.mean((2, 3), keepdim=True)).flatten(2), dim=1).transpose(1, 2)   # (B,hw,C)
     cos = torch.stack([(f * f[:, j]).sum(-1) for j in index.T], -1)   # (B,hw,N), one neighbour at a time: memory stays linear
     return ((cos - 1) / temperature).exp() * inside, index         # the -1 cancels in P and keeps exp() in range
 
@@ -159,11 +151,9 @@ def guided_coefficients(p, I, radius, eps):
     return a, b + mp - (a * mI[:, None]).sum(2)
 
 def guided_filter(p, I, radius, eps):
-    """q_i = mean(a)_i . I_i + mean(b)_i: the guided filter of He, Sun & Tang (PAMI 2013), p and I on one grid.
-
-    p (B,K,H,W) float32; I (B,3,H,W) in [0,1]. Returns (B,K,H,W), not clamped. Small eps: the image speaks; large eps: a
-    plain box mean. A flat image has Sigma = 0, so a = 0 and q = mean of mean(p). Raises ValueError as guided_coefficients.
-    """
+    """q_i = mean(a)_i . I_i + mean(b)_i: the guided filter of He, Sun & Tang (PAMI 2013), p (B,K,H,W) and I (B,3,H,W) in [0,1] on
+    one grid. Returns (B,K,H,W) float32, not clamped. Small eps: the image speaks; large eps, or a flat image: a box mean.
+    Raises ValueError as guided_coefficients."""
     a, b = guided_coefficients(p, I, radius, eps)                  # (B,K,3,H,W) (B,K,H,W)
     return (a * I[:, None]).sum(2) + b
 
@@ -180,7 +170,7 @@ def self_guided(maps, image, radius=6, eps=1e-5):
 
     maps (B,K,h,w) in [0,1]; image (B,3,H,W) in [0,1]; radius in cells of the maps' grid. Returns (B,K,H,W) in [0,1]; a map that
     is zero everywhere stays zero. Source: abstract, sentence 7. That the paper's refinement is this filter is our reading
-    of its wording, not a fact; radius and eps chosen on ../shared/voc's training masks, then frozen.
+    of its wording, not a fact; radius and eps chosen on our VOC subset's training masks, then frozen.
     """
     small = F.interpolate(image, maps.shape[-2:], mode="area")     # (B,3,h,w)
     a, b = guided_coefficients(maps, small, radius, eps)

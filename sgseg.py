@@ -15,18 +15,13 @@ intermediate features are used; backbones, strides and heads are our choice. Eac
 the `mean` and `std` its weights expect, forward(x) -> (F_low, F_mid, F_high), and, where ImageNet weights exist,
 load_imagenet(state) (strict) and frozen_modules(), what fine-tuning leaves alone.
 """
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-class Output(NamedTuple):
-    """cam S (B,K,h/16,w/16), scores s (B,K), seg Z (B,K+1,h/8,w/8), features (F_low, F_mid, F_high)."""
-    cam: torch.Tensor
-    scores: torch.Tensor
-    seg: torch.Tensor
-    features: tuple
+Output = namedtuple("Output", "cam scores seg features")           # S (B,K,H/16,W/16), s (B,K), Z (B,K+1,H/8,W/8), (F_low, F_mid, F_high)
 
 def conv_bn(c_in, c_out, kernel=3, stride=1):
     """conv -> BatchNorm -> ReLU6, symmetric padding: (B,c_in,H,W) -> (B,c_out,ceil(H/stride),ceil(W/stride))."""
@@ -49,11 +44,8 @@ class Tiny(nn.Module):
         return low, mid, self.high(mid)                            # (B,96,H/16,W/16)
 
 class VGG16(nn.Module):
-    """VGG-16 (Simonyan & Zisserman 2015), parameters named as torchvision's `features.N`.
-
-    Pooling rounds up so that 16n+1 inputs stay aligned; pool5 is dropped and conv5 dilated by 2 in its place (the widening of
-    DeepLab, Chen et al. 2015), so F_high keeps stride 16.
-    """
+    """VGG-16 (Simonyan & Zisserman 2015), parameters named as torchvision's `features.N`. Pooling rounds up so that 16n+1 inputs stay
+    aligned; pool5 is dropped, so F_high keeps stride 16, and conv5 dilated by 2 to see wider, as DeepLab's (Chen et al. 2015)."""
     channels = (256, 512, 512)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)       # torchvision's ImageNet statistics
     stages = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -84,7 +76,6 @@ class VGG16(nn.Module):
 
 class InvertedResidual(nn.Module):
     """MobileNetV2's block (Sandler et al. 2018): expand 1x1, depthwise k x k, project 1x1, skip where shapes agree."""
-
     def __init__(self, c_in, c_out, kernel, stride, dilation, expand):
         super().__init__()
         c, norm = c_in * expand, lambda width: nn.BatchNorm2d(width, eps=1e-3, momentum=0.01)
@@ -117,7 +108,7 @@ class Lite0(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv_stem, self.bn0 = nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32, eps=1e-3, momentum=0.01)
-        self.blocks, c = nn.ModuleList(), 32
+        self.blocks, c = nn.Sequential(), 32
         for stage, (c_out, blocks, kernel, stride, dilation, expand) in enumerate(self.stages):
             for n in range(blocks):
                 first = stage == 5 and n == 0                      # it did the striding: its own taps stay undilated
@@ -126,13 +117,9 @@ class Lite0(nn.Module):
         self.conv_head, self.bn1 = nn.Conv2d(c, 1280, 1, bias=False), nn.BatchNorm2d(1280, eps=1e-3, momentum=0.01)
 
     def forward(self, x):
-        h = F.relu6(self.bn0(self.conv_stem(x)))                   # (B,32,H/2,W/2)
-        for block in self.blocks[:3]:
-            h = block(h)
-        low, mid = h, F.avg_pool2d(h, 3, 2, 1, count_include_pad=False)   # (B,24,H/4,W/4) (B,24,H/8,W/8)
-        for block in self.blocks[3:]:
-            h = block(h)
-        return low, mid, F.relu6(self.bn1(self.conv_head(h)))      # (B,1280,H/16,W/16)
+        low = self.blocks[:3](F.relu6(self.bn0(self.conv_stem(x))))   # (B,24,H/4,W/4)
+        mid = F.avg_pool2d(low, 3, 2, 1, count_include_pad=False)  # (B,24,H/8,W/8)
+        return low, mid, F.relu6(self.bn1(self.conv_head(self.blocks[3:](low))))   # (B,1280,H/16,W/16)
 
     def frozen_modules(self):
         """Up to the first block of stride 8: F_mid, and so the affinity's graph, is the same in every round (our choice)."""
@@ -145,12 +132,8 @@ class Lite0(nn.Module):
 BACKBONES = {"lite0": Lite0, "vgg16": VGG16, "tiny": Tiny}
 
 class SegHead(nn.Module):
-    """Z = conv1x1(ReLU6(conv3x3[up(proj F_high), proj F_mid])): K+1 logits on the stride-8 grid (our choice).
-
-    F_high says which class, F_mid where its borders are; the two projections are 1x1. Shapes: (B,C2,H/8,W/8) and
-    (B,C3,H/16,W/16) -> (B,K+1,H/8,W/8).
-    """
-
+    """Z = conv1x1(ReLU6(conv3x3[up(proj F_high), proj F_mid])): (B,C2,H/8,W/8) and (B,C3,H/16,W/16) -> (B,K+1,H/8,W/8). Our choice:
+    F_high says which class, F_mid where its borders are; the two projections are 1x1."""
     def __init__(self, c_mid, c_high, num_classes, width):
         super().__init__()
         self.from_high = conv_bn(c_high, width, kernel=1)
@@ -167,12 +150,10 @@ class SGSeg(nn.Module):
 
         S_k = <w_k, F_high>,  s_k = mean_ij S_k     CAM head: a 1x1 convolution w without bias. By linearity pooling then
                                                     classifying equals classifying then pooling (Zhou et al. 2016).
-        Z   = SegHead(F_mid, F_high)                segmentation head, same features.
+        Z   = SegHead(F_mid, F_high)                segmentation head, same features; both return raw scores.
 
-    num_classes is K (background not counted). x is (B,3,H,W) float32 RGB in [0,1]; both heads return raw scores. Raises
-    KeyError for a backbone that is not one of BACKBONES.
+    num_classes is K. x (B,3,H,W) float32 RGB in [0,1]. Raises KeyError for a backbone that is not one of BACKBONES.
     """
-
     def __init__(self, num_classes, backbone="tiny", width=128):
         super().__init__()
         self.backbone = BACKBONES[backbone]()

