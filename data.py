@@ -4,6 +4,7 @@ Training reads JPEGImages, Annotations and ImageSets; SegmentationClass* is for 
 A folder with other classes than VOC's twenty names them in a file classes.txt, one a line, beside ImageSets.
 """
 import xml.etree.ElementTree as ET
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +22,27 @@ class InputError(Exception):
         message = message.split("InputError: ")[-1]                # a loader process puts its traceback in front
         super().__init__(" ".join(message.split()))                # one line, whatever a parser put into it
 
+def need(ok, message):
+    """Raise InputError(message) unless ok."""
+    if not ok:
+        raise InputError(message)
+
+@contextmanager
+def refusing(what, expected):
+    """Whatever a parser, decoder, disk or network raises inside, of a dozen types, becomes InputError('what (reason); expected')."""
+    try:
+        yield
+    except Exception as e:
+        raise e if isinstance(e, InputError) else InputError(f"{what} ({type(e).__name__}: {str(e)[:120]}); {expected}")
+
 # ---- files -> arrays ---------------------------------------------------------------------------------------------------
 def decoded(path, convert):
-    """convert(PIL image in path); every failure of Pillow's parsers and decoders, a dozen types, turned into InputError."""
-    try:
+    """convert(PIL image in path). Raises InputError."""
+    with refusing(f"{path}: cannot be read as an image", "expected a whole JPEG or PNG; replace it or unlist its id"):
         with Image.open(path, formats=("JPEG", "PNG")) as image:
-            if min(image.size) < 16 or image.width * image.height > 64_000_000:
-                raise ValueError(f"{image.size} pixels, not 16 or more a side and at most 64 million")
+            need(min(image.size) >= 16 and image.width * image.height <= 64_000_000,
+                 f"{path}: {image.size} pixels; expected 16 or more a side and at most 64 million; resize it or unlist its id")
             return convert(image)
-    except Exception as e:
-        raise InputError(f"{path}: cannot be read as an image ({e}); expected a whole JPEG or PNG; replace it or unlist its id")
 
 def read_image(path):
     """RGB PIL image, upright (EXIF), from grey, CMYK, palette, RGBA or 16-bit files too. Raises InputError."""
@@ -52,95 +64,80 @@ def upright_size(path):
 def read_mask(path, size, num_classes):
     """Palette or grey PNG -> (H,W) uint8 with 0..num_classes and 255. size is the image's (W,H). Raises InputError."""
     mode, mask = decoded(path, lambda image: (image.mode, np.array(image)))
-    if mode not in ("P", "L") or mask.shape[::-1] != size:
-        raise InputError(f"{path}: mode {mode}, {mask.shape[1::-1]} pixels; expected an indexed PNG of its image's {size}; re-export it")
+    need(mode in ("P", "L") and mask.shape[::-1] == size,
+         f"{path}: mode {mode}, {mask.shape[1::-1]} pixels; expected an indexed PNG of its image's {size}; re-export it")
     wrong = mask[(mask > num_classes) & (mask != IGNORE)]
-    if wrong.size:
-        raise InputError(f"{path}: index {wrong[0]}; expected 0..{num_classes} or 255; re-export it with this class list")
+    need(not wrong.size, f"{path}: index {wrong[:1]}; expected 0..{num_classes} or 255; re-export it with this class list")
     return mask
 
 def read_tags(path, classes, difficult=True):
     """Set of class names in a VOC annotation: `object/name` directly, never an object's parts; without difficult, not objects
     marked <difficult>1. Raises InputError, also on a DOCTYPE: VOC has none, and entity bombs need one."""
-    try:
+    with refusing(f"{path}: no VOC annotation", "expected <annotation><object><name>; write it or unlist its id"):
         text = Path(path).read_bytes()
-        if b"<!" in text.replace(b"<!--", b"") or b"\0" in text or len(text) > 1_000_000:
-            raise ValueError("it holds a DOCTYPE, a NUL or a megabyte")
+        need(b"<!" not in text.replace(b"<!--", b"") and b"\0" not in text and len(text) <= 1_000_000,
+             f"{path}: it holds a DOCTYPE, a NUL or a megabyte; expected plain XML; write it or unlist its id")
         objects = ET.fromstring(text).findall("object")
-    except (ET.ParseError, ValueError, LookupError, OSError) as e:
-        raise InputError(f"{path}: no plain VOC annotation ({e}); expected <annotation><object><name>; write it or unlist its id")
     tags = {(o.findtext("name") or "").strip() for o in objects if difficult or (o.findtext("difficult") or "0").strip() != "1"}
-    if not tags or tags - set(classes):
-        raise InputError(f"{path}: {'unknown class ' + min(tags - set(classes))[:40] if tags else 'no tag'}; expected one or more "
-                         f"<object><name> of {' '.join(classes)}; mend it, edit classes.txt, or unlist its id")
+    need(tags and tags <= set(classes), f"{path}: tagged {' '.join(sorted(tags - set(classes)))[:60] or 'nothing'}; expected one or "
+         f"more <object><name> of {' '.join(classes)}; mend it, edit classes.txt, or unlist its id")
     return tags
 
 def read_list(path):
     """Image ids, one a line; CRLF, blank lines and the -1/0/1 column of ImageSets/Main are understood (-1 is left out)."""
-    try:
+    with refusing(f"{path}: cannot be read", "expected a text file with one image id a line; write it"):
         lines = [line.split() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read ({type(e).__name__}); expected a text file with one image id a line; write it")
     for parts in lines:
-        if parts[1:] not in ([], ["-1"], ["0"], ["1"]) or any(bad in parts[0] for bad in ("/", "..", "\0")):
-            raise InputError(f"{path}: line {' '.join(parts)[:60]!r}; expected an id and perhaps -1, 0 or 1; mend the line")
+        need(parts[1:] in ([], ["-1"], ["0"], ["1"]) and not any(bad in parts[0] for bad in ("/", "..", "\0")),
+             f"{path}: line {' '.join(parts)[:60]!r}; expected an id and perhaps -1, 0 or 1; mend the line")
     ids = list(dict.fromkeys(parts[0] for parts in lines if parts[1:] != ["-1"]))
-    if not ids:
-        raise InputError(f"{path}: lists no image; expected one id a line; fill it")
+    need(ids, f"{path}: lists no image; expected one id a line; fill it")
     return ids
 
 # ---- the devkit --------------------------------------------------------------------------------------------------------
 class VOC:
     """One split of a devkit: ids, and for i the image, its tags y (K,) and, for scoring only, its mask.
 
-    path is the folder that holds ImageSets, or the one above it, or the one above VOCdevkit. Raises InputError.
+    path is the folder that holds ImageSets, or the one above it, or the one above VOCdevkit. image_paths[i] is JPEGImages/ID.jpg,
+    mask_paths[i] in SegmentationClassAug or SegmentationClass, or None where there is none. Raises InputError.
     """
     def __init__(self, path, split, difficult=True):
         roots = [root for root in (Path(path), Path(path) / "VOC2012", Path(path) / "VOCdevkit" / "VOC2012")
                  if (root / "ImageSets" / "Segmentation").is_dir()]
-        if not roots:
-            raise InputError(f"{path}: {'not a VOC devkit' if Path(path).is_dir() else 'no such folder'}; expected "
-                             "ImageSets/Segmentation in it, in its VOC2012 or in its VOCdevkit/VOC2012; correct --voc")
+        need(roots, f"{path}: {'not a VOC devkit' if Path(path).is_dir() else 'no such folder'}; expected ImageSets/Segmentation in "
+             "it, in its VOC2012 or in its VOCdevkit/VOC2012; correct --voc")
         self.root, self.difficult, self.labels = roots[0], difficult, None   # labels (n,K) float32 come with scan
         lists, names = self.root / "ImageSets" / "Segmentation", self.root / "classes.txt"
         self.ids = read_list(lists / ("train_aug.txt" if split == "train" and (lists / "train_aug.txt").exists() else f"{split}.txt"))
+        self.image_paths = [self.root / "JPEGImages" / f"{name}.jpg" for name in self.ids]
+        masks = ([self.root / f"SegmentationClass{kind}" / f"{name}.png" for kind in ("Aug", "")] for name in self.ids)
+        self.mask_paths = [next((path for path in paths if path.exists()), None) for paths in masks]
         lines = names.read_text(encoding="utf-8-sig", errors="replace").splitlines() if names.exists() else VOC_CLASSES
         self.classes = [line.strip() for line in lines if line.strip()]
-        if not 0 < len(set(self.classes)) == len(self.classes) < 255 or "background" in self.classes:
-            raise InputError(f"{names}: {len(self.classes)} classes; expected 1 to 254 different names without background, one a line; "
-                             "mend it")
+        need(0 < len(set(self.classes)) == len(self.classes) < 255 and "background" not in self.classes,
+             f"{names}: {len(self.classes)} classes; expected 1 to 254 different names without background, one a line; mend it")
 
     def __len__(self):
         return len(self.ids)
 
-    def image_path(self, i):
-        """Path of image i, JPEGImages/ID.jpg."""
-        return self.root / "JPEGImages" / f"{self.ids[i]}.jpg"
-
     def image(self, i):
         """PIL RGB image i. Raises InputError."""
-        return read_image(self.image_path(i))
-
-    def mask_path(self, i):
-        """Path of image i's mask, from SegmentationClassAug or SegmentationClass, or None where there is none."""
-        paths = (self.root / folder / f"{self.ids[i]}.png" for folder in ("SegmentationClassAug", "SegmentationClass"))
-        return next((path for path in paths if path.exists()), None)
+        return read_image(self.image_paths[i])
 
     def mask(self, i, size):
-        """(H,W) uint8 ground truth of image i. For measuring only."""
-        return read_mask(self.mask_path(i), size, len(self.classes))
+        """(H,W) uint8 ground truth of image i, whose size is (W,H). For measuring only. Raises InputError."""
+        return read_mask(self.mask_paths[i], size, len(self.classes))
 
-    def scan(self, progress, masks=False):
+    def scan(self, masks=False, track=iter):
         """Read every tag, check every image's header and end and, with masks, read every mask, before training begins. Sets
-        and returns labels (n,K) float32. Raises InputError."""
+        and returns labels (n,K) float32; track(range(n)) may show progress. Raises InputError."""
         self.labels = torch.zeros(len(self), len(self.classes))
-        for i, name in enumerate(self.ids):
-            size, mask = upright_size(self.image_path(i)), self.mask_path(i) if masks else None
-            if mask:
-                read_mask(mask, size, len(self.classes))
-            for tag in read_tags(self.root / "Annotations" / f"{name}.xml", self.classes, self.difficult):
+        for i in track(range(len(self))):
+            size = upright_size(self.image_paths[i])
+            if masks and self.mask_paths[i]:
+                self.mask(i, size)
+            for tag in read_tags(self.root / "Annotations" / f"{self.ids[i]}.xml", self.classes, self.difficult):
                 self.labels[i, self.classes.index(tag)] = 1
-            progress(i + 1, len(self))
         return self.labels
 
 # ---- images -> network inputs ------------------------------------------------------------------------------------------
@@ -209,18 +206,15 @@ def summary(C, classes):
     return {"miou": round(sum(scores.values()) / max(1, len(scores)), 4),
             "core": round(sum(core) / len(core), 4) if core else None, "iou": scores}
 
-def map_histogram(target, maps, present, num_classes):
-    """H[g,c,b] = pixels of true class g whose best class is c with value in bin b of 100: (K+1,K+1,101) int64, where maps
-    (P,H,W) in [0,1] are of the classes whose indices 0..K-1 are present (P,). It scores maps at every threshold at once."""
+def confusions(target, maps, present, num_classes, grid):
+    """Confusion matrices (T,K+1,K+1) int64 of: class argmax_k M_k where max_k M_k >= t, else background, for every t of grid (T,)
+    ascending, from one histogram. maps (P,H,W) in [0,1] are of the classes whose indices 0..K-1 are present (P,)."""
     n, keep, (best, k) = num_classes + 1, target != IGNORE, maps.max(0)
-    flat = (target[keep].astype(int) * n + present[k.numpy()[keep]] + 1) * 101 + (best.numpy()[keep] * 100).astype(int)
-    return np.bincount(flat, minlength=n * n * 101).reshape(n, n, 101)
-
-def thresholded(H, t):
-    """Confusion matrix (K+1,K+1) of: class argmax_k M_k where max_k M_k >= t (to two decimals), else background."""
-    b = round(100 * t)
-    C = H[:, :, b:].sum(2)
-    C[:, 0] += H[:, :, :b].sum((1, 2))
+    passed = np.searchsorted(grid, best.numpy()[keep].astype(float), side="right")   # how many thresholds a pixel passes
+    pairs = n * target[keep].astype(int) + present[k.numpy()[keep]] + 1
+    H = np.bincount(passed * n * n + pairs, minlength=(len(grid) + 1) * n * n).reshape(-1, n, n)
+    C = H[::-1].cumsum(0)[-2::-1]                                  # pixels that pass t: (T,n,n)
+    C[:, :, 0] += H.sum((0, 2)) - C.sum(2)                         # those that do not are background
     return C
 
 # ---- the toy set -------------------------------------------------------------------------------------------------------

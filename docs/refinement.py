@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import refine
 import train
-from data import IGNORE, VOC, confusion, map_histogram, summary, thresholded, to_tensor
+from data import IGNORE, VOC, confusion, confusions, summary, to_tensor
 
 try:
     import pydensecrf.densecrf as dcrf
@@ -68,9 +68,10 @@ def quality(net, cfg, voc, count):
     scores, bands, ms = {n: 0 for n in names}, {n: 0 for n in names}, {n: [] for n in names}
     crf_grid = [t / 100 for t in range(15, 45, 5)] if dcrf else []
     crf, crf_band, crf_ms = ({t: 0 for t in crf_grid}, {t: 0 for t in crf_grid}, [])
-    images = np.random.default_rng(2).permutation([i for i in range(len(voc)) if voc.mask_path(i)])[:count]
-    line = train.Progress("refinement")
-    for n, i in enumerate(images):
+    images = np.random.default_rng(2).permutation([i for i in range(len(voc)) if voc.mask_paths[i]])[:count]
+    fixed = round((cfg.lo + cfg.hi) / 2, 2)
+    grid = sorted({fixed, *(t / 100 for t in range(5, 100, 5))})
+    for i in train.track("refinement", images):
         image, y = voc.image(i), voc.labels[i]
         I, k, target = to_tensor(image)[None], y.nonzero()[:, 0], voc.mask(i, image.size)
         band, tags = trimap(target), torch.ones(1, len(k))
@@ -90,31 +91,29 @@ def quality(net, cfg, voc, count):
                 "affinity + PAMR": timed("affinity + PAMR", lambda: pamr(full(walk), I)),
                 "raw + PAMR": timed("raw + PAMR", lambda: pamr(full(raw), I))}
         for name, M in maps.items():
-            scores[name] = scores[name] + map_histogram(target, M[0].clamp(0, 1), k.numpy(), K)
-            bands[name] = bands[name] + map_histogram(band, M[0].clamp(0, 1), k.numpy(), K)
+            scores[name] += confusions(target, M[0], k.numpy(), K, grid)
+            bands[name] += confusions(band, M[0], k.numpy(), K, grid)
         best, c = maps["raw"][0].max(0)
         for t in crf_grid:
             start = time.perf_counter()
             label = dense_crf(np.asarray(image), np.where(best.numpy() >= t, k.numpy()[c.numpy()] + 1, 0))
             crf_ms.append(1000 * (time.perf_counter() - start))
             crf[t], crf_band[t] = crf[t] + confusion(target, label, K), crf_band[t] + confusion(band, label, K)
-        line(n + 1, len(images))
     ms["affinity + self-guided"] = [a + b for a, b in zip(ms["affinity"], ms["affinity + self-guided"])]
     print(f"\n{len(images)} training images; in %; peak: best of a 0.05 grid by core\n")
     print("| maps of one network | peak core-7 (t) | mIoU there | core-7 at the fixed threshold | trimap core-7 | ms |\n|---|---|---|---|---|---|")
 
-    def row(name, at, band_at, grid, fixed, times):
-        t = max(grid, key=lambda t: summary(at(t), voc.classes)["core"])
-        tb = max(grid, key=lambda t: summary(band_at(t), voc.classes)["core"])
-        s, b = summary(at(t), voc.classes), summary(band_at(tb), voc.classes)
-        f = f"{100 * summary(at(fixed), voc.classes)['core']:.1f}" if fixed else "-"
-        print(f"| {name} | {100 * s['core']:.1f} ({t:.2f}) | {100 * s['miou']:.1f} | {f} | {100 * b['core']:.1f} | "
+    def row(name, C, bands, fixed, times):
+        """C and bands: {threshold: confusion matrix}; fixed: a threshold, or None where there is none."""
+        at, band_at = ({t: summary(matrix, voc.classes) for t, matrix in matrices.items()} for matrices in (C, bands))
+        t = max((t for t in at if round(100 * t) % 5 == 0), key=lambda t: at[t]["core"])
+        trimap_core, there = max(b["core"] for b in band_at.values()), f"{100 * at[fixed]['core']:.1f}" if fixed else "-"
+        print(f"| {name} | {100 * at[t]['core']:.1f} ({t:.2f}) | {100 * at[t]['miou']:.1f} | {there} | {100 * trimap_core:.1f} | "
               f"{np.mean(times) if times else 0:.0f} |")
     for name in names:
-        row(name, lambda t: thresholded(scores[name], t), lambda t: thresholded(bands[name], t), [t / 100 for t in range(5, 100, 5)],
-            (cfg.lo + cfg.hi) / 2, ms[name])
+        row(name, dict(zip(grid, scores[name])), dict(zip(grid, bands[name])), fixed, ms[name])
     if crf_grid:
-        row("raw + dense CRF", crf.get, crf_band.get, crf_grid, None, crf_ms)
+        row("raw + dense CRF", crf, crf_band, None, crf_ms)
 
 def speed():
     """Print time and agreement of the guided filter, and the memory that refining a 2048x2048 image takes."""
@@ -156,7 +155,7 @@ if __name__ == "__main__":
     state, stored = train.load_run(sys.argv[1])
     name = sys.argv[4] if len(sys.argv) > 4 else "warmup.pt"
     voc = VOC(sys.argv[2], "train", stored.difficult)
-    voc.scan(train.Progress("scan train"))
+    voc.scan()
     cfg = train.configure({"device": "cpu"}, sys.argv[1], stored)
     net = train.build(cfg, voc.classes, train.load(Path(sys.argv[1]) / name)).eval()
     quality(net, cfg, voc, int(sys.argv[3]) if len(sys.argv) > 3 else 60)
