@@ -19,8 +19,7 @@ CORE = {"background", "cat", "cow", "dog", "horse", "person", "sheep"}   # the c
 class InputError(Exception):
     """The one error a user can cause: 'file: what is wrong; expected what; fix'. train.py prints it and exits with 2."""
     def __init__(self, message):
-        message = message.split("InputError: ")[-1]                # a loader process puts its traceback in front
-        super().__init__(" ".join(message.split()))                # one line, whatever a parser put into it
+        super().__init__(" ".join(message.split("InputError: ")[-1].split()))   # one line, without a loader process's traceback
 
 def need(ok, message):
     """Raise InputError(message) unless ok."""
@@ -46,19 +45,17 @@ def decoded(path, convert):
 
 def read_image(path):
     """RGB PIL image, upright (EXIF), from grey, CMYK, palette, RGBA or 16-bit files too. Raises InputError."""
-    def convert(image):
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):                             # 16-bit grey: keep the upper byte
-            image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-        return image.convert("RGB")
-    return decoded(path, convert)
+    image = decoded(path, ImageOps.exif_transpose)
+    if image.mode.startswith("I"):                                 # 16-bit grey: keep the upper byte
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 def upright_size(path):
     """(W,H) after EXIF rotation, from the header; a JPEG without its end marker is decoded to see. Raises InputError."""
     def convert(image):
         if image.format == "JPEG" and b"\xff\xd9" not in Path(path).read_bytes()[-4096:]:
             image.load()
-        return image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size
+        return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
     return decoded(path, convert)
 
 def read_mask(path, size, num_classes):
@@ -80,7 +77,7 @@ def read_tags(path, classes, difficult=True):
         objects = ET.fromstring(text).findall("object")
     tags = {(o.findtext("name") or "").strip() for o in objects if difficult or (o.findtext("difficult") or "0").strip() != "1"}
     need(tags and tags <= set(classes), f"{path}: tagged {' '.join(sorted(tags - set(classes)))[:60] or 'nothing'}; expected one or "
-         f"more <object><name> of {' '.join(classes)}; mend it, edit classes.txt, or unlist its id")
+         f"more <object>{'' if difficult else ', not difficult,'} named {' '.join(classes)}; mend it, edit classes.txt, or unlist its id")
     return tags
 
 def read_list(path):
@@ -120,10 +117,6 @@ class VOC:
     def __len__(self):
         return len(self.ids)
 
-    def image(self, i):
-        """PIL RGB image i. Raises InputError."""
-        return read_image(self.image_paths[i])
-
     def mask(self, i, size):
         """(H,W) uint8 ground truth of image i, whose size is (W,H). For measuring only. Raises InputError."""
         return read_mask(self.mask_paths[i], size, len(self.classes))
@@ -161,11 +154,8 @@ class Crops(torch.utils.data.Dataset):
         self.voc, self.crop, self.size, self.scale = voc, crop, size, scale
         self.seed, self.epoch, self.label_paths = seed, epoch, label_paths
 
-    def __len__(self):
-        return len(self.voc)
-
     def __getitem__(self, i):
-        rng, image = np.random.default_rng([self.seed, self.epoch, i]), self.voc.image(i)
+        rng, image = np.random.default_rng([self.seed, self.epoch, i]), read_image(self.voc.image_paths[i])
         w, h = image.size
         c, ratio = self.crop, self.size * rng.uniform(*self.scale) / max(w, h)   # ratio: output pixels per image pixel
         x, y = (rng.uniform(min(0, side - c / ratio), max(0, side - c / ratio)) for side in (w, h))   # crop corner
@@ -218,19 +208,16 @@ def confusions(target, maps, present, num_classes, grid):
     return C
 
 # ---- the toy set -------------------------------------------------------------------------------------------------------
-TOY_CLASSES = ("disc", "square", "triangle", "cross")
-TOY_HUES = np.array([(200, 70, 60), (70, 90, 200), (50, 190, 60), (210, 180, 50)])
+TOY_CLASSES, TOY_HUES, TOY_SHAPES = zip(                           # name, hue, which points (u,v) lie inside at radius 1
+    ("disc", (200, 70, 60), lambda u, v: u ** 2 + v ** 2 < 1),
+    ("square", (70, 90, 200), lambda u, v: np.maximum(abs(u), abs(v)) < 0.75),
+    ("triangle", (50, 190, 60), lambda u, v: np.maximum(-v, 0.87 * abs(u) + 0.5 * v) < 0.6),
+    ("cross", (210, 180, 50), lambda u, v: (np.minimum(abs(u), abs(v)) < 0.3) & (np.maximum(abs(u), abs(v)) < 1)))
 
 def _texture(rng, size, colour):
     """(size,size,3) float: smooth blotches of two nearby colours plus fine grain."""
     t = Image.fromarray(rng.integers(0, 255, (5, 5), dtype=np.uint8)).resize((size, size), Image.BICUBIC)
     return colour + rng.uniform(-35, 35, 3) * np.asarray(t)[:, :, None] / 255 + rng.normal(0, 8, (size, size, 1))
-
-def _inside(shape, u, v):
-    """Which points (u,v) lie in a shape of radius 1."""
-    return {"disc": u ** 2 + v ** 2 < 1, "square": np.maximum(abs(u), abs(v)) < 0.75,
-            "triangle": np.maximum(-v, 0.87 * abs(u) + 0.5 * v) < 0.6,
-            "cross": (np.minimum(abs(u), abs(v)) < 0.3) & (np.maximum(abs(u), abs(v)) < 1)}[shape]
 
 def make_toy(root, train=240, val=60, size=97, seed=0):
     """Write a small VOC devkit under root: JPEG images, XML tags, palette masks, lists, classes.txt. Returns root as Path.
@@ -241,15 +228,14 @@ def make_toy(root, train=240, val=60, size=97, seed=0):
     root, rng = Path(root), np.random.default_rng(seed)
     for folder in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    ids = [f"toy_{n:04d}" for n in range(train + val)]
-    y, x = np.mgrid[:size, :size]
+    ids, (y, x) = [f"toy_{n:04d}" for n in range(train + val)], np.mgrid[:size, :size]
     for name in ids:
         image, mask = _texture(rng, size, rng.integers(60, 200) + rng.uniform(-25, 25, 3)), np.zeros((size, size), np.uint8)
         for k in rng.integers(len(TOY_CLASSES), size=rng.integers(1, 4)):
             r, angle = rng.uniform(0.14, 0.26) * size, rng.uniform(0, np.pi)
             cx, cy = rng.uniform(r, size - r, 2)
             u, v = ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)) / r, ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / r
-            inside = _inside(TOY_CLASSES[k], u, v)
+            inside = TOY_SHAPES[k](u, v)
             grown = np.asarray(Image.fromarray(inside).convert("L").filter(ImageFilter.MaxFilter(3))) > 0
             image[inside] = _texture(rng, size, TOY_HUES[k] + rng.uniform(-30, 30, 3))[inside]
             mask[grown], mask[inside] = IGNORE, k + 1

@@ -19,10 +19,9 @@ DILATIONS = (1, 3, 6, 12, 24)                                      # 40 neighbou
 def localization_maps(scores, labels, least=1e-5):
     """M_k = y_k relu(S_k) / max(max_ij relu(S_k), least): where the classes named by the tags roughly are.
 
-    scores (B,K,h,w) float32 of any range, the CAM scores S; labels (B,K) in {0,1}. Returns (B,K,h,w) in [0,1], exactly 0 for
-    absent classes and where nothing is positive. least > 0 bounds the stretching: a map whose maximum is below it stays
-    below 1. Source: abstract, sentence 5; class activation mapping, Zhou et al. 2016, with the usual relu and division by
-    the maximum. Raises ValueError when the shapes do not fit.
+    scores (B,K,h,w) float32, the CAM scores S; labels (B,K) in {0,1}. Returns (B,K,h,w) in [0,1], exactly 0 for absent classes and
+    where nothing is positive; a map whose maximum is below least > 0 stays below 1. Source: abstract, sentence 5; class activation
+    mapping, Zhou et al. 2016, with the usual relu and division by the maximum. Raises ValueError when the shapes do not fit.
 
     >>> localization_maps(torch.tensor([[[[2., 4.], [-1., 1.]]]]), torch.ones(1, 1))
     tensor([[[[0.5000, 1.0000],
@@ -35,10 +34,10 @@ def localization_maps(scores, labels, least=1e-5):
 
 # ---- 2. intermediate features -> affinity guidance ---------------------------------------------------------------------
 def affinity(features, dilations=DILATIONS, temperature=0.1):
-    """A_ij = exp(cos(f_i, f_j) / temperature) between neighbours, f the features less their mean over the image.
+    """A_ij = exp((cos(f_i, f_j) - 1) / temperature) between neighbours, f the features less their mean over the image.
 
     The graph: each pixel i of the grid and the 8 around it at every dilation, N = 8 len(dilations) neighbours j; symmetric.
-    features (B,C,h,w). Returns A (B,h*w,N) >= 0, zero where j would leave the grid; index (h*w,N) int64, the pixel j. Taking
+    features (B,C,h,w). Returns A (B,h*w,N) in [0,1], 0 where j would leave the grid; index (h*w,N) int64, the pixel j. Taking
     the mean away makes the cosine say "alike for this image". Our choice: the cosine as in SEAM (Wang et al. 2020), the graph as
     in PAMR (Araslanov & Roth 2020); temperature and dilations chosen on our VOC subset's training masks, then frozen.
     """
@@ -51,7 +50,7 @@ def affinity(features, dilations=DILATIONS, temperature=0.1):
     index = y.clamp(0, h - 1) * w + x.clamp(0, w - 1)
     f = F.normalize((features - features.mean((2, 3), keepdim=True)).flatten(2), dim=1).transpose(1, 2)   # (B,hw,C)
     cos = torch.stack([(f * f[:, j]).sum(-1) for j in index.T], -1)   # (B,hw,N), one neighbour at a time: memory stays linear
-    return ((cos - 1) / temperature).exp() * inside, index         # the -1 cancels in P and keeps exp() in range
+    return ((cos - 1) / temperature).exp() * inside, index         # the -1 cancels in P: it keeps exp() in range
 
 def affinity_guided(maps, features, steps=40, strength=100.0, dilations=DILATIONS, temperature=0.1):
     """M <- (M0 + lambda P M) / (1 + lambda), P = D^-1 A: a lazy random walk that starts at M0 and settles where
@@ -125,19 +124,16 @@ def guided_coefficients(p, I, radius, eps):
     """
     if p.shape[-2:] != I.shape[-2:] or radius < 0 or eps <= 0:
         raise ValueError(f"want p {tuple(p.shape)} and I {tuple(I.shape)} of one size, radius >= 0 and eps > 0")
-    K = p.shape[1]
-    mI, mp = I.mean((2, 3), keepdim=True), p.mean((2, 3), keepdim=True)
+    K, mI, mp = p.shape[1], I.mean((2, 3), keepdim=True), p.mean((2, 3), keepdim=True)
     I, p = I - mI, p - mp                                          # the filter is affine: centring keeps float32 sums small
     pairs = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
     moments = [I, p, *(I[:, i:i + 1] * I[:, j:j + 1] for i, j in pairs), *(I * p[:, k:k + 1] for k in range(K))]
-    m = box_mean(torch.cat(moments, 1), radius)                    # (B,9+4K,h,w) in one pass
-    mu, pm, II, Ip = m.split([3, K, 6, 3 * K], 1)
-    s = [II[:, n] - mu[:, i] * mu[:, j] + (eps if i == j else 0) for n, (i, j) in enumerate(pairs)]   # Sigma + eps U
-    c = Ip.unflatten(1, (K, 3)) - mu[:, None] * pm[:, :, None]     # (B,K,3,h,w) covariance of map and colours
-    c0, c1, c2 = c.unbind(2)                                       # (B,K,h,w) each
-    s00, s01, s02, s11, s12, s22 = (m[:, None] for m in s)         # solve (Sigma + eps U) a = c by LDL^T, in closed form;
-    d0 = s00.clamp_min(eps)                                        # exact pivots are never below eps, float32's may be
-    l10, l20 = s01 / d0, s02 / d0
+    mu, pm, II, Ip = box_mean(torch.cat(moments, 1), radius).split([3, K, 6, 3 * K], 1)   # (B,9+4K,h,w) in one pass
+    s00, s01, s02, s11, s12, s22 = (m - mu[:, i:i + 1] * mu[:, j:j + 1] + (eps if i == j else 0)   # Sigma + eps U, (B,1,h,w) each
+                                    for (i, j), m in zip(pairs, II.split(1, 1)))
+    c0, c1, c2 = (Ip.unflatten(1, (K, 3)) - mu[:, None] * pm[:, :, None]).unbind(2)   # cov(p, I) of map and colours, (B,K,h,w) each
+    d0 = s00.clamp_min(eps)                                        # solve (Sigma + eps U) a = cov(p, I) by LDL^T, in closed form;
+    l10, l20 = s01 / d0, s02 / d0                                  # exact pivots are never below eps, float32's may be
     d1 = (s11 - l10 * s01).clamp_min(eps)
     l21 = (s12 - l10 * s02) / d1
     d2 = (s22 - l20 * s02 - l21 ** 2 * d1).clamp_min(eps)
@@ -151,9 +147,8 @@ def guided_coefficients(p, I, radius, eps):
     return a, b + mp - (a * mI[:, None]).sum(2)
 
 def guided_filter(p, I, radius, eps):
-    """q_i = mean(a)_i . I_i + mean(b)_i: the guided filter of He, Sun & Tang (PAMI 2013), p (B,K,H,W) and I (B,3,H,W) in [0,1] on
-    one grid. Returns (B,K,H,W) float32, not clamped. Small eps: the image speaks; large eps, or a flat image: a box mean.
-    Raises ValueError as guided_coefficients."""
+    """q_i = mean(a)_i . I_i + mean(b)_i: He, Sun & Tang's guided filter (PAMI 2013); p (B,K,H,W), I (B,3,H,W) in [0,1] on one grid.
+    Returns (B,K,H,W), not clamped. Small eps: the image speaks; large eps, or a flat image: a box mean. ValueError as above."""
     a, b = guided_coefficients(p, I, radius, eps)                  # (B,K,3,H,W) (B,K,H,W)
     return (a * I[:, None]).sum(2) + b
 

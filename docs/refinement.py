@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import refine
 import train
-from data import IGNORE, VOC, confusion, confusions, summary, to_tensor
+from data import IGNORE, VOC, confusion, confusions, read_image, summary, to_tensor
 
 try:
     import pydensecrf.densecrf as dcrf
@@ -72,7 +72,7 @@ def quality(net, cfg, voc, count):
     fixed = round((cfg.lo + cfg.hi) / 2, 2)
     grid = sorted({fixed, *(t / 100 for t in range(5, 100, 5))})
     for i in train.track("refinement", images):
-        image, y = voc.image(i), voc.labels[i]
+        image, y = read_image(voc.image_paths[i]), voc.labels[i]
         I, k, target = to_tensor(image)[None], y.nonzero()[:, 0], voc.mask(i, image.size)
         band, tags = trimap(target), torch.ones(1, len(k))
         full = lambda M: train.up(M, target.shape)
@@ -106,8 +106,9 @@ def quality(net, cfg, voc, count):
     def row(name, C, bands, fixed, times):
         """C and bands: {threshold: confusion matrix}; fixed: a threshold, or None where there is none."""
         at, band_at = ({t: summary(matrix, voc.classes) for t, matrix in matrices.items()} for matrices in (C, bands))
-        t = max((t for t in at if round(100 * t) % 5 == 0), key=lambda t: at[t]["core"])
-        trimap_core, there = max(b["core"] for b in band_at.values()), f"{100 * at[fixed]['core']:.1f}" if fixed else "-"
+        on_grid = [t for t in at if round(100 * t) % 5 == 0]
+        t = max(on_grid, key=lambda t: at[t]["core"])
+        trimap_core, there = max(band_at[t]["core"] for t in on_grid), f"{100 * at[fixed]['core']:.1f}" if fixed else "-"
         print(f"| {name} | {100 * at[t]['core']:.1f} ({t:.2f}) | {100 * at[t]['miou']:.1f} | {there} | {100 * trimap_core:.1f} | "
               f"{np.mean(times) if times else 0:.0f} |")
     for name in names:
@@ -117,22 +118,25 @@ def quality(net, cfg, voc, count):
 
 def speed():
     """Print time and agreement of the guided filter, and the memory that refining a 2048x2048 image takes."""
-    def best(f, n=15):
-        times = []
-        for _ in range(n):
-            start = time.perf_counter()
-            f()
-            times.append(1000 * (time.perf_counter() - start))
-        return min(times)
     torch.manual_seed(0)
     noise = F.interpolate(torch.rand(1, 3, 24, 32), (375, 500), mode="bicubic", align_corners=False).clamp(0, 1)
     I, p = (noise + 0.05 * torch.rand(1, 3, 375, 500)).clamp(0, 1), torch.rand(1, 1, 375, 500)
-    radii = (4, 8, 16, 32, 48, 64)
-    print("\n| guided filter, one 500x375 map | " + " | ".join(f"r = {r}" for r in radii) + " |\n|" + "---|" * 7)
-    print("| sgseg, ms | " + " | ".join(f"{best(lambda: refine.guided_filter(p, I, r, 1e-3)):.1f}" for r in radii) + " |")
+    cells, radii = F.interpolate(p, (47, 63), mode="area"), (4, 8, 16, 32, 48, 64)
+    guide, source = np.ascontiguousarray(I[0].permute(1, 2, 0).numpy()), p[0, 0].numpy()
+    filters = {"sgseg guided_filter": lambda r: refine.guided_filter(p, I, r, 1e-3),
+               "sgseg self_guided, fitted on the stride-8 grid (r / 8 cells)": lambda r: refine.self_guided(cells, I, max(1, r // 8), 1e-3)}
     if ximgproc:
-        guide, source = np.ascontiguousarray(I[0].permute(1, 2, 0).numpy()), p[0, 0].numpy()
-        print("| OpenCV, ms | " + " | ".join(f"{best(lambda: ximgproc.guidedFilter(guide, source, r, 1e-3)):.1f}" for r in radii) + " |")
+        filters["OpenCV guidedFilter"] = lambda r: ximgproc.guidedFilter(guide, source, r, 1e-3)
+    print("\n| one 500x375 map, ms: median (least) of 30, radii in turn | " + " | ".join(f"r = {r}" for r in radii) + " |\n|" + "---|" * 7)
+    for name, f in filters.items():
+        ms = {r: [] for r in radii}
+        for n in range(33):                                        # in turn: a slow moment of the machine meets every radius
+            for r in radii:
+                start = time.perf_counter()
+                f(r)
+                ms[r] += [1000 * (time.perf_counter() - start)] if n >= 3 else []
+        print(f"| {name} | " + " | ".join(f"{np.median(t):.1f} ({min(t):.1f})" for t in ms.values()) + " |")
+    if ximgproc:
         for text, scale in (("colours in 0..255", 255.0), ("colours in 0..1", 1.0)):
             differ = []
             for r in radii:
