@@ -37,11 +37,11 @@ def refusing(what, expected):
 # ---- files -> arrays ---------------------------------------------------------------------------------------------------
 def decoded(path, convert):
     """convert(PIL image in path). Raises InputError."""
-    with refusing(f"{path}: cannot be read as an image", "expected a whole JPEG or PNG; replace it or unlist its id"):
-        with Image.open(path, formats=("JPEG", "PNG")) as image:
-            need(min(image.size) >= 16 and image.width * image.height <= 64_000_000,
-                 f"{path}: {image.size} pixels; expected 16 or more a side and at most 64 million; resize it or unlist its id")
-            return convert(image)
+    with (refusing(f"{path}: cannot be read as an image", "expected a whole JPEG or PNG; replace it or unlist its id"),
+          Image.open(path, formats=("JPEG", "PNG")) as image):
+        need(min(image.size) >= 16 and image.width * image.height <= 64_000_000,
+             f"{path}: {image.size} pixels; expected 16 or more a side and at most 64 million; resize it or unlist its id")
+        return convert(image)
 
 def read_image(path):
     """RGB PIL image, upright (EXIF), from grey, CMYK, palette, RGBA or 16-bit files too. Raises InputError."""
@@ -114,9 +114,6 @@ class VOC:
         need(0 < len(set(self.classes)) == len(self.classes) < 255 and "background" not in self.classes,
              f"{names}: {len(self.classes)} classes; expected 1 to 254 different names without background, one a line; mend it")
 
-    def __len__(self):
-        return len(self.ids)
-
     def mask(self, i, size):
         """(H,W) uint8 ground truth of image i, whose size is (W,H). For measuring only. Raises InputError."""
         return read_mask(self.mask_paths[i], size, len(self.classes))
@@ -124,8 +121,8 @@ class VOC:
     def scan(self, masks=False, track=iter):
         """Read every tag, check every image's header and end and, with masks, read every mask, before training begins. Sets
         and returns labels (n,K) float32; track(range(n)) may show progress. Raises InputError."""
-        self.labels = torch.zeros(len(self), len(self.classes))
-        for i in track(range(len(self))):
+        self.labels = torch.zeros(len(self.ids), len(self.classes))
+        for i in track(range(len(self.ids))):
             size = upright_size(self.image_paths[i])
             if masks and self.mask_paths[i]:
                 self.mask(i, size)
@@ -163,12 +160,10 @@ class Crops(torch.utils.data.Dataset):
         at = (round((x0 - x) * ratio), round((y0 - y) * ratio))
         part = (max(1, min(c - at[0], round((x1 - x0) * ratio))), max(1, min(c - at[1], round((y1 - y0) * ratio))))
         flip = rng.random() < 0.5
-
         def cut(picture, resample, fill):
             canvas = Image.new(picture.mode, (c, c), fill)
             canvas.paste(picture.resize(part, resample, box=(x0, y0, x1, y1)), at)
             return ImageOps.mirror(canvas) if flip else canvas
-
         label = torch.full((c, c), IGNORE)
         if self.label_paths:
             indices = read_mask(self.label_paths[i], (w, h), len(self.voc.classes))
@@ -220,11 +215,8 @@ def _texture(rng, size, colour):
     return colour + rng.uniform(-35, 35, 3) * np.asarray(t)[:, :, None] / 255 + rng.normal(0, 8, (size, size, 1))
 
 def make_toy(root, train=240, val=60, size=97, seed=0):
-    """Write a small VOC devkit under root: JPEG images, XML tags, palette masks, lists, classes.txt. Returns root as Path.
-
-    One to three objects of four shapes on blotchy, dull backgrounds; later objects cover earlier ones; borders are 255. Each
-    shape has a hue of its own, give or take, so that six small conv blocks learn it from tags within a minute.
-    """
+    """Write a small VOC devkit under root and return it as Path: one to three objects of four shapes on blotchy, dull backgrounds;
+    later objects cover earlier ones; borders are 255. A shape's hue is its own, give or take: six conv blocks learn it in a minute."""
     root, rng = Path(root), np.random.default_rng(seed)
     for folder in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True, exist_ok=True)

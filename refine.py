@@ -37,9 +37,9 @@ def affinity(features, dilations=DILATIONS, temperature=0.1):
     """A_ij = exp((cos(f_i, f_j) - 1) / temperature) between neighbours, f the features less their mean over the image.
 
     The graph: each pixel i of the grid and the 8 around it at every dilation, N = 8 len(dilations) neighbours j; symmetric.
-    features (B,C,h,w). Returns A (B,h*w,N) in [0,1], 0 where j would leave the grid; index (h*w,N) int64, the pixel j. Taking
-    the mean away makes the cosine say "alike for this image". Our choice: the cosine as in SEAM (Wang et al. 2020), the graph as
-    in PAMR (Araslanov & Roth 2020); temperature and dilations chosen on our VOC subset's training masks, then frozen.
+    features (B,C,h,w). Returns A (B,h*w,N) in [0,1], 0 where j would leave the grid; index (h*w,N) int64, the pixel j. Without their
+    mean, features are "alike for this image". Our choice: the cosine as in SEAM (Wang et al. 2020), the graph as in PAMR (Araslanov
+    & Roth 2020); temperature and dilations chosen on our VOC subset's training masks, then frozen.
     """
     (h, w), device = features.shape[-2:], features.device
     steps = [(dy * d, dx * d) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
@@ -167,9 +167,8 @@ def self_guided(maps, image, radius=6, eps=1e-5):
     is zero everywhere stays zero. Source: abstract, sentence 7. That the paper's refinement is this filter is our reading
     of its wording, not a fact; radius and eps chosen on our VOC subset's training masks, then frozen.
     """
-    small = F.interpolate(image, maps.shape[-2:], mode="area")     # (B,3,h,w)
-    a, b = guided_coefficients(maps, small, radius, eps)
-    size = image.shape[-2:]
+    size, small = image.shape[-2:], F.interpolate(image, maps.shape[-2:], mode="area")   # (B,3,h,w)
+    a, b = guided_coefficients(maps, small, radius, eps)           # (B,K,3,h,w) (B,K,h,w)
     return (up(b, size) + sum(up(a[:, :, c], size) * image[:, c:c + 1] for c in range(3))).clamp(0, 1)   # (B,K,H,W), a colour at a time
 
 # ---- 4. maps -> pseudo labels ------------------------------------------------------------------------------------------

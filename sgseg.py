@@ -10,9 +10,8 @@ Symbols, the same in every file:
     S, s       CAM scores S_k = <w_k, F_high> (B,K,h,w) and image scores s_k = mean_ij S_k (B,K)
     Z          segmentation logits (B,K+1,h,w), channel 0 is background
 
-Pure tensors in, tensors out: this file opens no file and asks for no device. The abstract fixes that one network's high and
-intermediate features are used; backbones, strides and heads are our choice. Each backbone has `channels` of its three levels,
-the `mean` and `std` its weights expect, forward(x) -> (F_low, F_mid, F_high), and `frozen`: what fine-tuning leaves alone.
+The abstract fixes that one network's high and intermediate features are used; backbones, strides and heads are our choice. A backbone
+has its levels' `channels`, the `mean` and `std` its weights expect, and `frozen`: what fine-tuning leaves alone.
 """
 from collections import namedtuple
 
@@ -30,7 +29,6 @@ def conv_bn(c_in, c_out, kernel=3, stride=1):
 class Tiny(nn.Module):
     """Six conv blocks for the toy run, trained from scratch. Our choice: as small as solves the toy set on two cores."""
     channels, mean, std, frozen = (32, 48, 96), (0.5,) * 3, (0.25,) * 3, ()
-
     def __init__(self):
         super().__init__()
         self.low = nn.Sequential(conv_bn(3, 16, stride=2), conv_bn(16, 32, stride=2))
@@ -48,7 +46,6 @@ class VGG16(nn.Module):
     channels = (256, 512, 512)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)       # torchvision's ImageNet statistics
     stages = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-
     def __init__(self):
         super().__init__()
         layers, c = [], 3
@@ -89,8 +86,7 @@ class Lite0(nn.Module):
 
     The classifier these weights were trained as, but the sixth stage keeps stride 16 and dilates by 2 from its second depthwise
     convolution on. Symmetric padding equals TensorFlow's SAME at sizes 16n+1. F_mid is what the stride-8 stage starts from,
-    averaged onto its grid: a better graph than what that stage makes of it (measured in the README).
-    """
+    averaged onto its grid: a better graph than what that stage makes of it (measured in the README)."""
     channels = (24, 24, 1280)
     mean, std = (127 / 255,) * 3, (128 / 255,) * 3                 # the released weights expect (255 x - 127) / 128
     #          c_out, blocks, kernel, stride, dilation, expand

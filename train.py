@@ -6,8 +6,8 @@
     python train.py --eval RUN                          score a run again
     python train.py --out RUN --segment PHOTO.jpg ...   masks for your own photos
 
-Warm-up: a few epochs of L_cls on tags. Then in every round: refine (network fixed): pseudo labels for all training images;
-update (labels fixed): minimise L_cls + L_seg. A last refine ends the run. Ke & Hsu (2018), abstract, sentence 9; the schedule is ours.
+Warm-up on tags; then every round refines the pseudo labels with the network fixed and updates the network with the labels fixed; a
+last refine ends the run (Ke & Hsu 2018, abstract, sentence 9; the schedule is our choice).
 """
 import argparse
 import importlib.util
@@ -28,7 +28,6 @@ from PIL import Image, ImageDraw
 import refine
 from data import (IGNORE, VOC, Crops, InputError, aligned, confusion, confusions, make_toy, need, palette_image, read_image, read_mask,
                   refusing, summary, to_tensor)
-from refine import up
 from sgseg import BACKBONES, SGSeg, load_imagenet
 
 def option(default, text, toy=None, least=None):
@@ -62,10 +61,8 @@ class Config:
     eps: float = option(1e-5, "eps of the guided filter (tuned)", toy=1e-3, least=1e-9)
     soften: float = option(2.0, "divides the segmentation logits when rounds after the first refine them (tuned)", least=1e-3)
     least: float = option(0.3, "softened probabilities are stretched to a maximum of 1, by at most 1/least (tuned)", least=1e-5)
-    lo: float = option(0.35, "round 1: background where every CAM map stays below (tuned, once on val: README; ToCo: 0.25)", toy=0.55, least=0)
-    hi: float = option(0.50, "round 1: a class where its CAM map passes (tuned; ToCo: 0.7)", toy=0.75, least=0)
-    seg_lo: float = option(0.35, "later rounds: the same for the softened probabilities (tuned, kept on val: README)", least=0)
-    seg_hi: float = option(0.50, "later rounds: the same for the softened probabilities (tuned, kept on val: README)", least=0)
+    lo: float = option(0.35, "background where every map stays below (tuned, once on val: README; ToCo: 0.25)", toy=0.45, least=0)
+    hi: float = option(0.50, "a class where its map passes (tuned, once on val: README; ToCo: 0.7)", toy=0.60, least=0)
     difficult: bool = option(True, "count objects marked <difficult> as tags (as the field's train_aug tags do)")
     supervised: bool = option(False, "train on the true masks: the upper bound, for measuring only")
     seed: int = option(0, "of weights, order and augmentation", least=0)
@@ -82,8 +79,7 @@ def check(cfg):
         require(f.name, least is None or least <= getattr(cfg, f.name) < 2 ** 31, f"{least} or more")
     require("backbone", cfg.backbone in BACKBONES, f"one of {', '.join(BACKBONES)}")
     require("weights", cfg.backbone != "tiny" or cfg.weights == "none", "none with tiny, which has no ImageNet weights")
-    for name, lo, hi in (("lo", cfg.lo, cfg.hi), ("seg_lo", cfg.seg_lo, cfg.seg_hi)):
-        require(name, lo <= hi <= 1, f"at most its upper threshold {hi}, and that at most 1")
+    require("lo", cfg.lo <= cfg.hi <= 1, f"at most --hi {cfg.hi}, and that at most 1")
     require("crop", cfg.crop % 16 == 1 and cfg.crop < 4100, "16n+1, such as 257 or 321, to fit the stride, at most 4097")
     require("size", cfg.size <= 8192, "at most 8192")
     require("scale_max", cfg.scale_min <= cfg.scale_max <= 100, f"--scale-min {cfg.scale_min} to 100")
@@ -165,8 +161,7 @@ def imagenet_weights(backbone, source):
 
 # ---- a run: network, optimizer and position, saved and restored together -----------------------------------------------
 class Run:
-    """All that changes while training: net, optimizer, the position `at`, metrics; new, or as in the checkpoint dict `state`.
-    Raises InputError."""
+    """All that changes while training: net, optimizer, position `at`, metrics; new, or a checkpoint dict's. Raises InputError."""
     def __init__(self, cfg, state=None, argv=()):
         self.cfg, self.folder, self.signal, self.val, self.saved = cfg, Path(cfg.out), None, None, float("inf")
         need(state or not any((self.folder / name).exists() for name in ("checkpoint.pt", "pseudo")),
@@ -234,16 +229,15 @@ def network_outputs(net, image, cfg):
         a, b = net(x), net(x.flip(3))
     S, Z = ((u + v.flip(3)).float() / 2 for u, v in ((a.cam, b.cam), (a.seg, b.seg)))
     mid = a.features[1].float()                                    # (1,C,h/8,w/8)
-    return up(S, mid.shape[-2:]), (a.scores + b.scores).float() / 2, Z, mid
+    return refine.up(S, mid.shape[-2:]), (a.scores + b.scores).float() / 2, Z, mid
 
 def stages(net, image, y, cfg, use_seg):
     """Stages 1-4 for one PIL image: the maps (1,P,.,.) in [0,1] of its P tagged classes after each stage, {"cam", "affinity"} on the
     stride-8 grid and {"self_guided"} at full resolution; and its pseudo label (H,W) uint8.
 
-    The first map is CAM's, or with use_seg the segmentation head's own answer given the tags: softmax(Z / soften) over background
-    and tagged classes. Softened because the head is over-sure of what it learnt; stretched by at most 1/least, so that a small class
-    cannot vanish from round to round and a wrong one cannot fill the picture (our choice, measured in the README).
-    """
+    The first map is CAM's, or with use_seg the segmentation head's softmax(Z / soften) over background and tagged classes: softened
+    because the head is over-sure of what it learnt, stretched by at most 1/least, so that small classes do not vanish from round to
+    round and wrong ones do not fill the picture (our choice, measured in the README)."""
     S, _, Z, mid = network_outputs(net, image, cfg)
     k = y.nonzero()[:, 0].to(S.device)                             # (P,) the tagged classes
     tags, least = torch.ones(1, len(k), device=S.device), cfg.least if use_seg else 1e-5
@@ -253,8 +247,8 @@ def stages(net, image, y, cfg, use_seg):
         M = refine.affinity_guided(M, mid, cfg.steps, cfg.seg_strength if use_seg else cfg.strength, temperature=cfg.temperature)
     M = affinity = refine.localization_maps(M, tags, least)        # the walk lowers peaks: stretch them again
     I = to_tensor(image)[None].to(S.device)                        # (1,3,H,W)
-    M = refine.self_guided(M, I, cfg.radius, cfg.eps) if cfg.self_guided else up(M, I.shape[-2:])
-    label = refine.pseudo_labels(M, tags, *((cfg.seg_lo, cfg.seg_hi) if use_seg else (cfg.lo, cfg.hi)))[0].cpu().numpy()
+    M = refine.self_guided(M, I, cfg.radius, cfg.eps) if cfg.self_guided else refine.up(M, I.shape[-2:])
+    label = refine.pseudo_labels(M, tags, cfg.lo, cfg.hi)[0].cpu().numpy()
     index = np.arange(256, dtype=np.uint8)                         # from the P tagged classes back to all K; 0 and 255 stay
     index[1:len(k) + 1] = k.cpu() + 1
     return {"cam": cam, "affinity": affinity, "self_guided": M}, index[label]
@@ -263,7 +257,7 @@ def stages(net, image, y, cfg, use_seg):
 def refine_labels(run):
     """Stages 1-4 over the training images; one palette PNG each. Finished images are kept when a run goes on."""
     run.net.eval()
-    for i in track(f"round {run.at['round']} refine", range(len(run.voc)), after=run.save_if_due):
+    for i in track(f"round {run.at['round']} refine", range(len(run.voc.ids)), after=run.save_if_due):
         if not run.label_path(i).exists():
             _, label = stages(run.net, read_image(run.voc.image_paths[i]), run.voc.labels[i], run.cfg, run.at["round"] > 1)
             write(run.label_path(i), partial(palette_image(label).save, format="PNG"))
@@ -272,11 +266,12 @@ def refine_labels(run):
 def batches(run, size):
     """The rest of this epoch's batches, from the position the run is at. Order and augmentation depend on seed and epoch only."""
     cfg, at, cuda = run.cfg, run.at, run.cfg.device.startswith("cuda")
-    order = np.random.default_rng([cfg.seed, at["epoch"]]).permutation(len(run.voc)).tolist()
-    paths = run.voc.mask_paths if cfg.supervised else [run.label_path(i) for i in range(len(run.voc))]
+    order = np.random.default_rng([cfg.seed, at["epoch"]]).permutation(len(run.voc.ids)).tolist()[at["step"] * size:]
+    paths = run.voc.mask_paths if cfg.supervised else [run.label_path(i) for i in range(len(run.voc.ids))]
     crops = Crops(run.voc, cfg.crop, cfg.size, (cfg.scale_min, cfg.scale_max), cfg.seed, at["epoch"], paths if at["round"] else None)
-    return torch.utils.data.DataLoader(crops, size, sampler=order[at["step"] * size:], drop_last=True, pin_memory=cuda,
-                                       num_workers=4 * cuda if cfg.workers < 0 else cfg.workers, worker_init_fn=partial(on_signals, signal.SIG_IGN))
+    workers = 4 * cuda if cfg.workers < 0 else cfg.workers
+    return torch.utils.data.DataLoader(crops, size, sampler=order, drop_last=True, pin_memory=cuda, num_workers=workers,
+                                       worker_init_fn=partial(on_signals, signal.SIG_IGN))
 
 def on_signals(handler, _=None):
     """Set the handler of SIGINT and SIGTERM. Loader processes ignore them: they may reach the whole group."""
@@ -293,13 +288,13 @@ def losses(net, x, y, labels):
     L_cls = F.multilabel_soft_margin_loss(out.scores.float(), y)
     if not (target != IGNORE).any():
         return L_cls, torch.zeros((), device=x.device)             # warm-up, or nothing labelled in any crop
-    return L_cls, F.cross_entropy(up(out.seg.float(), target.shape[-2:]), target, ignore_index=IGNORE)
+    return L_cls, F.cross_entropy(refine.up(out.seg.float(), target.shape[-2:]), target, ignore_index=IGNORE)
 
 def update(run):
     """One phase of minimising L_cls + L_seg: warm-up in round 0 (no labels yet), then `epochs` epochs on the pseudo labels."""
     cfg, at, net, device = run.cfg, run.at, run.net, torch.device(run.cfg.device)
-    size = min(cfg.batch, len(run.voc))
-    steps, epochs = len(run.voc) // size, cfg.epochs if at["round"] else cfg.warmup
+    size = min(cfg.batch, len(run.voc.ids))
+    steps, epochs = len(run.voc.ids) // size, cfg.epochs if at["round"] else cfg.warmup
     first = cfg.warmup + (at["round"] - 1) * cfg.epochs if at["round"] else 0   # epochs before this phase
     while at["epoch"] < first + epochs:
         net.train()
@@ -336,7 +331,7 @@ def segment(net, image, cfg):
     Z[:, 1:] += (present - present.amax(1, keepdim=True))[:, :, None, None]
     k = Z.argmax(1).unique()                                       # (P,) the classes that lead anywhere
     q, I = Z.softmax(1)[:, k], to_tensor(image)[None].to(Z.device)   # (1,P,h/8,w/8) (1,3,H,W)
-    q = refine.self_guided(q, I, cfg.radius, cfg.eps) if cfg.self_guided else up(q, I.shape[-2:])
+    q = refine.self_guided(q, I, cfg.radius, cfg.eps) if cfg.self_guided else refine.up(q, I.shape[-2:])
     return k[q.argmax(1)[0]].to(torch.uint8).cpu().numpy()
 
 def validate(run):
@@ -344,7 +339,7 @@ def validate(run):
     if not run.val or not all(run.val.mask_paths):
         return print(f"no validation score: {run.voc.root} lacks val masks (SegmentationClass*) or val.txt", flush=True)
     C, net = 0, run.net.eval()
-    for i in track("validate", range(len(run.val)), after=run.save_if_due):
+    for i in track("validate", range(len(run.val.ids)), after=run.save_if_due):
         image = read_image(run.val.image_paths[i])
         C += confusion(run.val.mask(i, image.size), segment(net, image, run.cfg), len(run.val.classes))
     return summary(C, run.val.classes)
@@ -365,7 +360,7 @@ def score_stages(run):
         image, y = read_image(run.voc.image_paths[i]), run.voc.labels[i]
         target = run.voc.mask(i, image.size)
         for name, M in stages(net, image, y, cfg, use_seg=False)[0].items():
-            maps[name] += confusions(target, up(M, target.shape)[0].cpu(), y.nonzero()[:, 0].numpy(), K, grid)
+            maps[name] += confusions(target, refine.up(M, target.shape)[0].cpu(), y.nonzero()[:, 0].numpy(), K, grid)
         for r in labels:
             label = read_mask(run.label_path(i, r), image.size, K)
             labels[r] += confusion(np.where(label == IGNORE, IGNORE, target), label, K)
@@ -389,7 +384,6 @@ def evaluate(run):
         peak = f"{p['threshold']:.2f} {percent(p['miou'], p['core'])}" if p else "   -     -     -"
         each = percent(*(s["iou"].get(k) for k in ["background", *run.voc.classes]))
         print(f"{name:20} {percent(s['miou'], s['core'])}     {peak}  {each}")
-    print(f"written to {run.folder / 'results.json'}", flush=True)
 
 def heat(image, M):
     """A map M (H,W) in [0,1] over a darkened photo: blue is 0, red is 1 (the jet ramp)."""
@@ -411,7 +405,7 @@ def panel(net, image, y, classes, cfg, use_seg=False, truth=None, width=160):
     named = {f"{name}: " + " ".join(classes[v - 1] for v in np.unique(label) if 0 < v < IGNORE): overlay(image, label)
              for name, label in labels.items() if label is not None}
     for row, k in enumerate(tagged):
-        heats = {titles[n]: heat(image, up(M[:, [row]], image.size[::-1])[0, 0].cpu()) for n, M in maps.items()}
+        heats = {titles[n]: heat(image, refine.up(M[:, [row]], image.size[::-1])[0, 0].cpu()) for n, M in maps.items()}
         for column, (title, picture) in enumerate(({classes[k]: image} | heats | named).items()):
             ImageDraw.Draw(sheet).text((column * (width + 4) + 2, row * (height + 18) + 2), title[:26], fill="black")
             sheet.paste(picture.resize((width, height)), (column * (width + 4), row * (height + 18) + 15))
@@ -420,12 +414,11 @@ def panel(net, image, y, classes, cfg, use_seg=False, truth=None, width=160):
 def draw_panels(run):
     """panels/roundN.png: the same few images (val, else training) after every round, as the network now would label them next."""
     voc, sheets = run.val or run.voc, []
-    for i in np.linspace(0, len(voc) - 1, min(4, len(voc))).astype(int):
+    for i in np.linspace(0, len(voc.ids) - 1, min(4, len(voc.ids))).astype(int):
         image = read_image(voc.image_paths[i])
         truth = voc.mask(i, image.size) if run.val and voc.mask_paths[i] else None
         sheets.append(panel(run.net, image, voc.labels[i], voc.classes, run.cfg, run.at["round"] > 0, truth))
-    sheet = Image.fromarray(np.concatenate(sheets))
-    write(run.folder / "panels" / f"round{run.at['round']}.png", partial(sheet.save, format="PNG"))
+    write(run.folder / "panels" / f"round{run.at['round']}.png", partial(Image.fromarray(np.concatenate(sheets)).save, format="PNG"))
 
 # ---- the whole method --------------------------------------------------------------------------------------------------
 def train(run):
@@ -503,7 +496,7 @@ def command(argv):
         run.save()
         train(run)
     evaluate(run)
-    print(f"{(time.time() - start) / 60:.1f} minutes; labels in {run.folder / 'pseudo'}, pictures in {run.folder / 'panels'}")
+    print(f"{(time.time() - start) / 60:.1f} minutes; this table in {run.folder}/results.json, labels in pseudo/, pictures in panels/")
 
 def main(argv=None):
     """Run the command line; returns 0, 2 after bad input, or 130 after Ctrl-C; a stopped run raises SystemExit 130 or 143."""
@@ -512,8 +505,8 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         return 130
-    except (MemoryError, torch.OutOfMemoryError) as e:
-        print(f"sgseg: out of memory ({str(e)[:80]}); expected room; lower --batch, --crop or --size", file=sys.stderr)
+    except (MemoryError, torch.OutOfMemoryError):
+        print("sgseg: memory is full; expected room for a batch; lower --batch, --crop or --size", file=sys.stderr)
     except (InputError, OSError) as e:
         print(f"sgseg: {e}" if isinstance(e, InputError) else f"sgseg: {e.filename or 'output'}: {e.strerror or e}; expected a file "
               "that can be read or written; mend its path, its permissions or the space", file=sys.stderr)

@@ -21,7 +21,7 @@ if __name__ == "__main__":
     cfg, classes = train.configure({}, folder, stored), state["classes"]
     net = train.build(cfg, classes, state).eval()
     val, rows = VOC(kit, "val"), []
-    for i in train.track("failures", [val.ids.index(name) for name in ids] or range(len(val))):
+    for i in train.track("failures", [val.ids.index(name) for name in ids] or range(len(val.ids))):
         image = read_image(val.image_paths[i])
         target, label = val.mask(i, image.size), train.segment(net, image, cfg)
         score = summary(confusion(target, label, len(classes)), classes)["miou"]

@@ -68,14 +68,14 @@ def quality(net, cfg, voc, count):
     scores, bands, ms = {n: 0 for n in names}, {n: 0 for n in names}, {n: [] for n in names}
     crf_grid = [t / 100 for t in range(15, 45, 5)] if dcrf else []
     crf, crf_band, crf_ms = ({t: 0 for t in crf_grid}, {t: 0 for t in crf_grid}, [])
-    images = np.random.default_rng(2).permutation([i for i in range(len(voc)) if voc.mask_paths[i]])[:count]
+    images = np.random.default_rng(2).permutation([i for i in range(len(voc.ids)) if voc.mask_paths[i]])[:count]
     fixed = round((cfg.lo + cfg.hi) / 2, 2)
     grid = sorted({fixed, *(t / 100 for t in range(5, 100, 5))})
     for i in train.track("refinement", images):
         image, y = read_image(voc.image_paths[i]), voc.labels[i]
         I, k, target = to_tensor(image)[None], y.nonzero()[:, 0], voc.mask(i, image.size)
         band, tags = trimap(target), torch.ones(1, len(k))
-        full = lambda M: train.up(M, target.shape)
+        full = lambda M: refine.up(M, target.shape)
 
         def timed(name, f, *args):
             start = time.perf_counter()

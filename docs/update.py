@@ -21,7 +21,7 @@ if __name__ == "__main__":
     cfg.epochs = 1                                                 # one epoch of the last round
     run.at.update(round=cfg.rounds, epoch=cfg.warmup + cfg.rounds - 1, step=0)
     run.save = lambda: None
-    steps = len(run.voc) // cfg.batch
+    steps = len(run.voc.ids) // cfg.batch
     x, y, labels, _ = next(iter(train.batches(run, cfg.batch)))
     x = x.to(cfg.device, memory_format=torch.channels_last)
     run.net.train()
