@@ -111,7 +111,7 @@ def box_mean(x, radius):
         x = torch.cat([total.narrow(dim, r, n - r), end], dim)
         x.narrow(dim, r + 1, n - r - 1).sub_(total.narrow(dim, 0, n - r - 1))
         counts.append((i + r + 1).clamp_max(n) - (i - r).clamp_min(0))
-    return x / (counts[0][:, None] * counts[1])
+    return x.div_(counts[0][:, None] * counts[1])
 
 def guided_coefficients(p, I, radius, eps):
     """In every window omega_k the result is an affine function of the colours, q_i = a_k . I_i + b_k, fitted to p:
@@ -127,8 +127,9 @@ def guided_coefficients(p, I, radius, eps):
     K, mI, mp = p.shape[1], I.mean((2, 3), keepdim=True), p.mean((2, 3), keepdim=True)
     I, p = I - mI, p - mp                                          # the filter is affine: centring keeps float32 sums small
     pairs = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
-    moments = [I, p, *(I[:, i:i + 1] * I[:, j:j + 1] for i, j in pairs), *(I * p[:, k:k + 1] for k in range(K))]
-    mu, pm, II, Ip = box_mean(torch.cat(moments, 1), radius).split([3, K, 6, 3 * K], 1)   # (B,9+4K,h,w) in one pass
+    mu, pm = box_mean(torch.cat([I, p], 1), radius).split([3, K], 1)   # (B,3,h,w) (B,K,h,w); in pieces, so that memory is used again
+    II = box_mean(torch.cat([I[:, i:i + 1] * I[:, j:j + 1] for i, j in pairs], 1), radius)   # (B,6,h,w)
+    Ip = box_mean((I[:, None] * p[:, :, None]).flatten(1, 2), radius)   # (B,3K,h,w)
     s00, s01, s02, s11, s12, s22 = (m - mu[:, i:i + 1] * mu[:, j:j + 1] + (eps if i == j else 0)   # Sigma + eps U, (B,1,h,w) each
                                     for (i, j), m in zip(pairs, II.split(1, 1)))
     c0, c1, c2 = (Ip.unflatten(1, (K, 3)) - mu[:, None] * pm[:, :, None]).unbind(2)   # cov(p, I) of map and colours, (B,K,h,w) each
