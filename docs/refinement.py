@@ -99,7 +99,8 @@ def quality(net, cfg, voc, count):
             label = dense_crf(np.asarray(image), np.where(best.numpy() >= t, k.numpy()[c.numpy()] + 1, 0))
             crf_ms.append(1000 * (time.perf_counter() - start))
             crf[t], crf_band[t] = crf[t] + confusion(target, label, K), crf_band[t] + confusion(band, label, K)
-    ms["affinity + self-guided"] = [a + b for a, b in zip(ms["affinity"], ms["affinity + self-guided"])]
+    for name in ("affinity + self-guided", "affinity + PAMR"):
+        ms[name] = [a + b for a, b in zip(ms["affinity"], ms[name])]
     print(f"\n{len(images)} training images; in %; peak: best of a 0.05 grid by core\n")
     print("| maps of one network | peak core-7 (t) | mIoU there | core-7 at the fixed threshold | trimap core-7 | ms |\n|---|---|---|---|---|---|")
 
