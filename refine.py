@@ -94,6 +94,14 @@ def affinity_energy(maps, features, start=None, strength=1.0, dilations=DILATION
     return (E / (A > 0).sum((1, 2)).clamp_min(1)[:, None]).mean()
 
 # ---- 3. the image itself -> self-guided refinement ---------------------------------------------------------------------
+def sum_down(x):
+    """x.cumsum(2), row by row in blocks of eight, then the blocks' totals: torch's own walks down one column after the other."""
+    total = F.pad(x, (0, 0, 0, -x.shape[2] % 8)).unflatten(2, (-1, 8))   # (B,C,H/8,8,W)
+    for n in range(1, 8):
+        total[:, :, :, n] += total[:, :, :, n - 1]
+    total[:, :, 1:] += total[:, :, :-1, 7:].cumsum(2)
+    return total.flatten(2, 3)[:, :, :x.shape[2]]
+
 def box_mean(x, radius):
     """Mean over the (2r+1)^2 window around each pixel, cut at the border and divided by the pixels in it.
 
@@ -106,7 +114,7 @@ def box_mean(x, radius):
     for dim in (2, 3):
         n = x.shape[dim]
         r, i = min(radius, n - 1), torch.arange(n, device=x.device)
-        total = x.cumsum(dim)                                      # sum up to i; the window is total[i + r] - total[i - r - 1]
+        total = x.cumsum(3) if dim == 3 else sum_down(x)           # sum up to i; the window is total[i + r] - total[i - r - 1]
         end = total.narrow(dim, n - 1, 1).expand(*x.shape[:dim], r, *x.shape[dim + 1:])
         x = torch.cat([total.narrow(dim, r, n - r), end], dim)
         x.narrow(dim, r + 1, n - r - 1).sub_(total.narrow(dim, 0, n - r - 1))
@@ -124,34 +132,31 @@ def guided_coefficients(p, I, radius, eps):
     """
     if p.shape[-2:] != I.shape[-2:] or radius < 0 or eps <= 0:
         raise ValueError(f"want p {tuple(p.shape)} and I {tuple(I.shape)} of one size, radius >= 0 and eps > 0")
-    K, mI, mp = p.shape[1], I.mean((2, 3), keepdim=True), p.mean((2, 3), keepdim=True)
+    mI, mp = I.mean((2, 3), keepdim=True), p.mean((2, 3), keepdim=True)
     I, p = I - mI, p - mp                                          # the filter is affine: centring keeps float32 sums small
-    pairs = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
-    mu, pm = box_mean(torch.cat([I, p], 1), radius).split([3, K], 1)   # (B,3,h,w) (B,K,h,w); in pieces, so that memory is used again
-    II = box_mean(torch.cat([I[:, i:i + 1] * I[:, j:j + 1] for i, j in pairs], 1), radius)   # (B,6,h,w)
-    Ip = box_mean((I[:, None] * p[:, :, None]).flatten(1, 2), radius)   # (B,3K,h,w)
-    s00, s01, s02, s11, s12, s22 = (m - mu[:, i:i + 1] * mu[:, j:j + 1] + (eps if i == j else 0)   # Sigma + eps U, (B,1,h,w) each
-                                    for (i, j), m in zip(pairs, II.split(1, 1)))
-    c0, c1, c2 = (Ip.unflatten(1, (K, 3)) - mu[:, None] * pm[:, :, None]).unbind(2)   # cov(p, I) of map and colours, (B,K,h,w) each
-    d0 = s00.clamp_min(eps)                                        # solve (Sigma + eps U) a = cov(p, I) by LDL^T, in closed form;
+    mu, pm = box_mean(I, radius), box_mean(p, radius)              # (B,3,h,w) (B,K,h,w); piece by piece: caches hold one
+    less = lambda x, u, v: torch.addcmul(x, u, v, value=-1)        # x - u v
+    (s00, s01, s02), (s11, s12), (s22,) = (                        # Sigma, (B,1,h,w) each
+        less(box_mean(I[:, i:i + 1] * I[:, i:], radius), mu[:, i:i + 1], mu[:, i:]).split(1, 1) for i in range(3))
+    c0, c1, c2 = (less(box_mean(I[:, i:i + 1] * p, radius), mu[:, i:i + 1], pm) for i in range(3))   # cov(p, I), (B,K,h,w) each
+    d0 = (s00 + eps).clamp_min(eps)                                # solve (Sigma + eps U) a = cov(p, I) by LDL^T, in closed form;
     l10, l20 = s01 / d0, s02 / d0                                  # exact pivots are never below eps, float32's may be
-    d1 = (s11 - l10 * s01).clamp_min(eps)
-    l21 = (s12 - l10 * s02) / d1
-    d2 = (s22 - l20 * s02 - l21 ** 2 * d1).clamp_min(eps)
-    c1 = c1 - l10 * c0
-    a2 = (c2 - l20 * c0 - l21 * c1) / d2
-    a1 = c1 / d1 - l21 * a2
-    a = torch.stack([c0 / d0 - l10 * a1 - l20 * a2, a1, a2], 2)   # (B,K,3,h,w)
-    b = pm - (a * mu[:, None]).sum(2)                              # (B,K,h,w)
-    a, b = box_mean(torch.cat([a.flatten(1, 2), b], 1), radius).split([3 * K, K], 1)
-    a = a.unflatten(1, (K, 3))
-    return a, b + mp - (a * mI[:, None]).sum(2)
+    d1 = less(s11 + eps, l10, s01).clamp_min(eps)
+    l21 = less(s12, l10, s02) / d1
+    d2 = less(less(s22 + eps, l20, s02), l21 ** 2, d1).clamp_min(eps)
+    c1 = less(c1, l10, c0)
+    a2 = less(less(c2, l20, c0), l21, c1) / d2
+    a1 = less(c1 / d1, l21, a2)
+    a = [less(less(c0 / d0, l10, a1), l20, a2), a1, a2]            # (B,K,h,w) each
+    b = less(less(less(pm, a[0], mu[:, :1]), a[1], mu[:, 1:2]), a[2], mu[:, 2:])
+    a, b = [box_mean(m, radius) for m in a], box_mean(b, radius)
+    return torch.stack(a, 2), b + mp - sum(m * mI[:, i:i + 1] for i, m in enumerate(a))
 
 def guided_filter(p, I, radius, eps):
     """q_i = mean(a)_i . I_i + mean(b)_i: He, Sun & Tang's guided filter (PAMI 2013); p (B,K,H,W), I (B,3,H,W) in [0,1] on one grid.
     Returns (B,K,H,W), not clamped. Small eps: the image speaks; large eps, or a flat image: a box mean. ValueError as above."""
     a, b = guided_coefficients(p, I, radius, eps)                  # (B,K,3,H,W) (B,K,H,W)
-    return (a * I[:, None]).sum(2) + b
+    return b + sum(a[:, :, i] * I[:, i:i + 1] for i in range(3))
 
 def up(x, size):
     """Bilinear x (B,C,h,w) -> (B,C,*size) with corners on corners, as sizes 16n+1 and strides 4, 8, 16 want it."""
