@@ -127,7 +127,7 @@ def guided_coefficients(p, I, radius, eps):
         a_k = (Sigma_k + eps U)^-1 (mean_k(I p) - mu_k mean_k(p)),    b_k = mean_k(p) - a_k . mu_k
 
     p (B,K,h,w) float32, the maps; I (B,3,h,w) in [0,1], the guidance image; Sigma_k, mu_k the 3x3 covariance and mean of I
-    in omega_k; U the identity. Returns mean(a) (B,K,3,h,w) and mean(b) (B,K,h,w), means over the windows that hold a pixel.
+    in omega_k; U the identity. Returns mean(a), (B,K,h,w) for each colour, and mean(b) (B,K,h,w), over the windows that hold a pixel.
     Source: He, Sun & Tang, Guided Image Filtering, PAMI 2013, eqs. 14-16. Raises ValueError: sizes differ, radius < 0, eps <= 0.
     """
     if p.shape[-2:] != I.shape[-2:] or radius < 0 or eps <= 0:
@@ -135,28 +135,27 @@ def guided_coefficients(p, I, radius, eps):
     mI, mp = I.mean((2, 3), keepdim=True), p.mean((2, 3), keepdim=True)
     I, p = I - mI, p - mp                                          # the filter is affine: centring keeps float32 sums small
     mu, pm = box_mean(I, radius), box_mean(p, radius)              # (B,3,h,w) (B,K,h,w); piece by piece: caches hold one
-    less = lambda x, u, v: torch.addcmul(x, u, v, value=-1)        # x - u v
-    (s00, s01, s02), (s11, s12), (s22,) = (                        # Sigma, (B,1,h,w) each
-        less(box_mean(I[:, i:i + 1] * I[:, i:], radius), mu[:, i:i + 1], mu[:, i:]).split(1, 1) for i in range(3))
-    c0, c1, c2 = (less(box_mean(I[:, i:i + 1] * p, radius), mu[:, i:i + 1], pm) for i in range(3))   # cov(p, I), (B,K,h,w) each
+    cov = lambda i, x, mx: torch.addcmul(box_mean(I[:, i:i + 1] * x, radius), mu[:, i:i + 1], mx, value=-1)   # colour i with x
+    (s00, s01, s02), (s11, s12), (s22,) = (cov(i, I[:, i:], mu[:, i:]).split(1, 1) for i in range(3))   # Sigma, (B,1,h,w) each
+    c0, c1, c2 = (cov(i, p, pm) for i in range(3))                 # cov(p, I), (B,K,h,w) each
     d0 = (s00 + eps).clamp_min(eps)                                # solve (Sigma + eps U) a = cov(p, I) by LDL^T, in closed form;
     l10, l20 = s01 / d0, s02 / d0                                  # exact pivots are never below eps, float32's may be
-    d1 = less(s11 + eps, l10, s01).clamp_min(eps)
-    l21 = less(s12, l10, s02) / d1
-    d2 = less(less(s22 + eps, l20, s02), l21 ** 2, d1).clamp_min(eps)
-    c1 = less(c1, l10, c0)
-    a2 = less(less(c2, l20, c0), l21, c1) / d2
-    a1 = less(c1 / d1, l21, a2)
-    a = [less(less(c0 / d0, l10, a1), l20, a2), a1, a2]            # (B,K,h,w) each
-    b = less(less(less(pm, a[0], mu[:, :1]), a[1], mu[:, 1:2]), a[2], mu[:, 2:])
+    d1 = (s11 + eps - l10 * s01).clamp_min(eps)
+    l21 = (s12 - l10 * s02) / d1
+    d2 = (s22 + eps - l20 * s02 - l21 ** 2 * d1).clamp_min(eps)
+    c1 = c1 - l10 * c0
+    a2 = (c2 - l20 * c0 - l21 * c1) / d2
+    a1 = c1 / d1 - l21 * a2
+    a = [c0 / d0 - l10 * a1 - l20 * a2, a1, a2]                    # (B,K,h,w) each
+    b = pm - sum(m * mu[:, i:i + 1] for i, m in enumerate(a))      # (B,K,h,w)
     a, b = [box_mean(m, radius) for m in a], box_mean(b, radius)
-    return torch.stack(a, 2), b + mp - sum(m * mI[:, i:i + 1] for i, m in enumerate(a))
+    return a, b + mp - sum(m * mI[:, i:i + 1] for i, m in enumerate(a))
 
 def guided_filter(p, I, radius, eps):
     """q_i = mean(a)_i . I_i + mean(b)_i: He, Sun & Tang's guided filter (PAMI 2013); p (B,K,H,W), I (B,3,H,W) in [0,1] on one grid.
     Returns (B,K,H,W), not clamped. Small eps: the image speaks; large eps, or a flat image: a box mean. ValueError as above."""
-    a, b = guided_coefficients(p, I, radius, eps)                  # (B,K,3,H,W) (B,K,H,W)
-    return b + sum(a[:, :, i] * I[:, i:i + 1] for i in range(3))
+    a, b = guided_coefficients(p, I, radius, eps)                  # 3 (B,K,H,W), (B,K,H,W)
+    return b + sum(m * I[:, i:i + 1] for i, m in enumerate(a))
 
 def up(x, size):
     """Bilinear x (B,C,h,w) -> (B,C,*size) with corners on corners, as sizes 16n+1 and strides 4, 8, 16 want it."""
@@ -174,8 +173,8 @@ def self_guided(maps, image, radius=6, eps=1e-5):
     of its wording, not a fact; radius and eps chosen on our VOC subset's training masks, then frozen.
     """
     size, small = image.shape[-2:], F.interpolate(image, maps.shape[-2:], mode="area")   # (B,3,h,w)
-    a, b = guided_coefficients(maps, small, radius, eps)           # (B,K,3,h,w) (B,K,h,w)
-    return (up(b, size) + sum(up(a[:, :, c], size) * image[:, c:c + 1] for c in range(3))).clamp(0, 1)   # (B,K,H,W), a colour at a time
+    a, b = guided_coefficients(maps, small, radius, eps)           # 3 (B,K,h,w), (B,K,h,w)
+    return (up(b, size) + sum(up(m, size) * image[:, i:i + 1] for i, m in enumerate(a))).clamp(0, 1)   # (B,K,H,W)
 
 # ---- 4. maps -> pseudo labels ------------------------------------------------------------------------------------------
 def pseudo_labels(maps, labels, lo, hi):

@@ -43,8 +43,7 @@ class Tiny(nn.Module):
 class VGG16(nn.Module):
     """VGG-16 (Simonyan & Zisserman 2015), parameters named as torchvision's `features.N`. Pooling rounds up so that 16n+1 inputs stay
     aligned; pool5 is dropped, so F_high keeps stride 16, and conv5 dilated by 2 to see wider, as DeepLab's (Chen et al. 2015)."""
-    channels = (256, 512, 512)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)       # torchvision's ImageNet statistics
+    channels, mean, std = (256, 512, 512), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # torchvision's ImageNet statistics
     stages = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
     def __init__(self):
         super().__init__()
@@ -87,8 +86,7 @@ class Lite0(nn.Module):
     The classifier these weights were trained as, but the sixth stage keeps stride 16 and dilates by 2 from its second depthwise
     convolution on. Symmetric padding equals TensorFlow's SAME at sizes 16n+1. F_mid is what the stride-8 stage starts from,
     averaged onto its grid: a better graph than what that stage makes of it (measured in the README)."""
-    channels = (24, 24, 1280)
-    mean, std = (127 / 255,) * 3, (128 / 255,) * 3                 # the released weights expect (255 x - 127) / 128
+    channels, mean, std = (24, 24, 1280), (127 / 255,) * 3, (128 / 255,) * 3   # the released weights expect (255 x - 127) / 128
     #          c_out, blocks, kernel, stride, dilation, expand
     stages = ((16, 1, 3, 1, 1, 1), (24, 2, 3, 2, 1, 6), (40, 2, 5, 2, 1, 6), (80, 3, 3, 2, 1, 6), (112, 3, 5, 1, 1, 6),
               (192, 1, 5, 1, 1, 6), (192, 3, 5, 1, 2, 6), (320, 1, 3, 1, 2, 6))   # 192: one stage; its first block did the striding

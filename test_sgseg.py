@@ -112,6 +112,15 @@ def naive_guided_filter(p, I, r, eps):
             b[y, x] = values.mean() - a[y, x] @ mu
     return np.array([[a[window(y, x)].reshape(-1, 3).mean(0) @ I[y, x] + b[window(y, x)].mean() for x in range(W)] for y in range(H)])
 
+@pytest.mark.parametrize("H, W", [(1, 9), (7, 5), (16, 3), (25, 11)])
+@pytest.mark.parametrize("r", [0, 1, 4, 40])
+def test_box_mean_equals_the_mean_of_every_window(H, W, r):
+    x = torch.rand(2, 3, H, W, dtype=torch.float64)
+    want = torch.stack([torch.stack([x[..., max(0, i - r):i + r + 1, max(0, j - r):j + r + 1].mean((2, 3)) for j in range(W)], -1)
+                        for i in range(H)], -2)
+    kept = x.clone()
+    assert torch.allclose(refine.box_mean(x, r), want) and torch.equal(x, kept)
+
 @pytest.mark.parametrize("radius, eps", [(1, 1e-2), (3, 1e-3), (20, 1e-1)])
 def test_guided_filter_equals_the_window_by_window_definition(radius, eps):
     rng = np.random.default_rng(0)
@@ -395,6 +404,16 @@ def test_segment_writes_a_palette_mask_of_the_photos_own_size(learnt, tmp_path):
     assert train.main(["--out", str(learnt), "--segment", str(tmp_path / "p.jpg")]) == 0
     assert Image.open(learnt / "segmented" / "p.png").size == (70, 50)
     assert (learnt / "segmented" / "p_overlay.png").exists()
+
+def test_segmenting_without_tags_by_hand(monkeypatch):
+    """One pixel; p = softmax of (Z_0, Z_1 + c_1, Z_2 + c_2), c_k = log sigmoid(s_k) - max_j log sigmoid(s_j) + favour."""
+    Z, s = [1.0, 0.8, 0.9], [2.0, -1.0]                            # the head says background; else class 2; the classifier class 1
+    monkeypatch.setattr(train, "network_outputs", lambda *_: (
+        None, torch.tensor([s]), torch.tensor(Z).view(1, 3, 1, 1).repeat(1, 1, 2, 2), None))
+    picture = Image.new("RGB", (16, 16))
+    for favour, want in ((0.0, 0), (0.19, 0), (0.21, 1)):          # 0.8 + 0 + favour against 1; class 2 lies 1.2 lower
+        assert (train.segment(None, picture, train.Config(favour=favour, self_guided=False)) == want).all()
+        assert (train.segment(None, picture, train.Config(favour=favour)) == want).all()
 
 def test_training_never_opens_a_mask(kit, tmp_path, capsys):
     shutil.rmtree(kit / "SegmentationClass")
