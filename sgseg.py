@@ -81,11 +81,10 @@ class InvertedResidual(nn.Module):
         return x + h if self.skip else h
 
 class Lite0(nn.Module):
-    """EfficientNet-Lite0 (Tan & Le 2019; the Lite variant has no squeeze-excite and uses ReLU6).
-
-    The classifier these weights were trained as, but the sixth stage keeps stride 16 and dilates by 2 from its second depthwise
-    convolution on. Symmetric padding equals TensorFlow's SAME at sizes 16n+1. F_mid is what the stride-8 stage starts from,
-    averaged onto its grid: a better graph than what that stage makes of it (measured in the README)."""
+    """EfficientNet-Lite0 (Tan & Le 2019; the Lite variant has no squeeze-excite and uses ReLU6): the classifier these weights were
+    trained as, but the sixth stage keeps stride 16 and dilates by 2 from its second depthwise convolution on. Symmetric padding
+    equals TensorFlow's SAME at sizes 16n+1. F_mid is what the stride-8 stage starts from, averaged onto its grid: a better graph
+    than what that stage makes of it (measured in the README)."""
     channels, mean, std = (24, 24, 1280), (127 / 255,) * 3, (128 / 255,) * 3   # the released weights expect (255 x - 127) / 128
     #          c_out, blocks, kernel, stride, dilation, expand
     stages = ((16, 1, 3, 1, 1, 1), (24, 2, 3, 2, 1, 6), (40, 2, 5, 2, 1, 6), (80, 3, 3, 2, 1, 6), (112, 3, 5, 1, 1, 6),
