@@ -53,7 +53,7 @@ def affinity(features, dilations=DILATIONS, temperature=0.1):
     return ((cos - 1) / temperature).exp() * inside, index         # the -1 cancels in P: it keeps exp() in range
 
 def affinity_guided(maps, features, steps=40, strength=100.0, dilations=DILATIONS, temperature=0.1):
-    """M <- (M0 + lambda P M) / (1 + lambda), P = D^-1 A: a lazy random walk that starts at M0 and settles where
+    """M <- (M0 + lambda P M) / (1 + lambda), P = D^-1 A: a random walk that restarts at M0 and settles where
 
         E(M) = sum_i d_i (M_i - M0_i)^2 + lambda sum_ij A_ij (M_i - M_j)^2 / 2,     d_i = sum_j A_ij
 
@@ -95,7 +95,7 @@ def affinity_energy(maps, features, start=None, strength=1.0, dilations=DILATION
 
 # ---- 3. the image itself -> self-guided refinement ---------------------------------------------------------------------
 def sum_down(x):
-    """x.cumsum(2), row by row in blocks of eight, then the blocks' totals: torch's own walks down one column after the other."""
+    """x.cumsum(2), faster: whole rows are added in blocks of eight, then the blocks' totals; torch's own goes column by column."""
     total = F.pad(x, (0, 0, 0, -x.shape[2] % 8)).unflatten(2, (-1, 8))   # (B,C,H/8,8,W)
     for n in range(1, 8):
         total[:, :, :, n] += total[:, :, :, n - 1]
@@ -128,13 +128,13 @@ def guided_coefficients(p, I, radius, eps):
 
     p (B,K,h,w) float32, the maps; I (B,3,h,w) in [0,1], the guidance image; Sigma_k, mu_k the 3x3 covariance and mean of I
     in omega_k; U the identity. Returns mean(a), (B,K,h,w) for each colour, and mean(b) (B,K,h,w), over the windows that hold a pixel.
-    Source: He, Sun & Tang, Guided Image Filtering, PAMI 2013, eqs. 14-16. Raises ValueError: sizes differ, radius < 0, eps <= 0.
+    Source: He, Sun & Tang, Guided Image Filtering, ECCV 2010, eqs. 14-16. Raises ValueError: sizes differ, radius < 0, eps <= 0.
     """
     if p.shape[-2:] != I.shape[-2:] or radius < 0 or eps <= 0:
         raise ValueError(f"want p {tuple(p.shape)} and I {tuple(I.shape)} of one size, radius >= 0 and eps > 0")
     mI, mp = I.mean((2, 3), keepdim=True), p.mean((2, 3), keepdim=True)
     I, p = I - mI, p - mp                                          # the filter is affine: centring keeps float32 sums small
-    mu, pm = box_mean(I, radius), box_mean(p, radius)              # (B,3,h,w) (B,K,h,w); piece by piece: caches hold one
+    mu, pm = box_mean(I, radius), box_mean(p, radius)              # (B,3,h,w) (B,K,h,w); below colour by colour: a cache holds one
     cov = lambda i, x, mx: torch.addcmul(box_mean(I[:, i:i + 1] * x, radius), mu[:, i:i + 1], mx, value=-1)   # colour i with x
     (s00, s01, s02), (s11, s12), (s22,) = (cov(i, I[:, i:], mu[:, i:]).split(1, 1) for i in range(3))   # Sigma, (B,1,h,w) each
     c0, c1, c2 = (cov(i, p, pm) for i in range(3))                 # cov(p, I), (B,K,h,w) each
@@ -152,8 +152,8 @@ def guided_coefficients(p, I, radius, eps):
     return a, b + mp - sum(m * mI[:, i:i + 1] for i, m in enumerate(a))
 
 def guided_filter(p, I, radius, eps):
-    """q_i = mean(a)_i . I_i + mean(b)_i: He, Sun & Tang's guided filter (PAMI 2013); p (B,K,H,W), I (B,3,H,W) in [0,1] on one grid.
-    Returns (B,K,H,W), not clamped. Small eps: the image speaks; large eps, or a flat image: a box mean. ValueError as above."""
+    """q_i = mean(a)_i . I_i + mean(b)_i: He, Sun & Tang's guided filter; p (B,K,H,W), I (B,3,H,W) in [0,1] on one grid.
+    Returns (B,K,H,W), not clamped. Small eps: the image speaks; large eps, or a flat image: a box mean, twice. ValueError as above."""
     a, b = guided_coefficients(p, I, radius, eps)                  # 3 (B,K,H,W), (B,K,H,W)
     return b + sum(m * I[:, i:i + 1] for i, m in enumerate(a))
 

@@ -23,8 +23,7 @@ Output = namedtuple("Output", "cam scores seg features")           # S (B,K,H/16
 
 def conv_bn(c_in, c_out, kernel=3, stride=1):
     """conv -> BatchNorm -> ReLU6, symmetric padding: (B,c_in,H,W) -> (B,c_out,ceil(H/stride),ceil(W/stride))."""
-    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False),
-                         nn.BatchNorm2d(c_out), nn.ReLU6(inplace=True))
+    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(c_out), nn.ReLU6(inplace=True))
 
 class Tiny(nn.Module):
     """Six conv blocks for the toy run, trained from scratch. Our choice: as small as solves the toy set on two cores."""
@@ -69,8 +68,7 @@ class InvertedResidual(nn.Module):
         c, norm = c_in * expand, lambda width: nn.BatchNorm2d(width, eps=1e-3, momentum=0.01)
         if expand > 1:
             self.expand_conv, self.bn0 = nn.Conv2d(c_in, c, 1, bias=False), norm(c)
-        self.depthwise_conv = nn.Conv2d(c, c, kernel, stride, dilation * (kernel // 2), dilation, groups=c, bias=False)
-        self.bn1 = norm(c)
+        self.depthwise_conv, self.bn1 = nn.Conv2d(c, c, kernel, stride, dilation * (kernel // 2), dilation, c, bias=False), norm(c)
         self.project_conv, self.bn2 = nn.Conv2d(c, c_out, 1, bias=False), norm(c_out)
         self.expand, self.skip = expand, stride == 1 and c_in == c_out
 
@@ -98,7 +96,7 @@ class Lite0(nn.Module):
                 self.blocks.append(InvertedResidual(c, c_out, kernel, 1 if n else stride, dilation, expand))
                 c = c_out
         self.conv_head, self.bn1 = nn.Conv2d(c, 1280, 1, bias=False), nn.BatchNorm2d(1280, eps=1e-3, momentum=0.01)
-        self.frozen = [self.conv_stem, self.bn0, *self.blocks[:4]]   # F_mid, so the affinity's graph, never changes (our choice)
+        self.frozen = [self.conv_stem, self.bn0, *self.blocks[:4]]   # F_mid and a block more: so the affinity's graph stays (our choice)
 
     def forward(self, x):
         low = self.blocks[:3](F.relu6(self.bn0(self.conv_stem(x))))   # (B,24,H/4,W/4)

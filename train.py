@@ -42,7 +42,7 @@ class Config:
     backbone: str = option("lite0", f"one of {', '.join(BACKBONES)}", toy="tiny")
     weights: str = option("auto", "ImageNet weights: auto (lite0: pip package, vgg16: PyTorch's URL), none, or a file", toy="none")
     warmup: int = option(4, "epochs on tags alone before the first round (our choice; 1-stage-wseg: 5)", toy=15, least=1)
-    rounds: int = option(2, "rounds of refine + update between the warm-up and the last refine (chosen on val: README)", least=0)
+    rounds: int = option(3, "rounds of refine + update between the warm-up and the last refine (tuned)", toy=2, least=0)
     epochs: int = option(4, "epochs of each update (our choice)", least=1)
     batch: int = option(16, "images a step (our choice)", least=1)
     crop: int = option(257, "side of a training crop, 16n+1 (our choice: what two cores bear)", toy=97, least=17)
@@ -61,9 +61,11 @@ class Config:
     eps: float = option(1e-5, "eps of the guided filter (tuned)", toy=1e-3, least=1e-9)
     soften: float = option(2.0, "divides the segmentation logits when rounds after the first refine them (tuned)", least=1e-3)
     least: float = option(0.3, "softened probabilities are stretched to a maximum of 1, by at most 1/least (tuned)", least=1e-5)
-    lo: float = option(0.35, "background where every map stays below (tuned, once on val: README; ToCo: 0.25)", toy=0.45, least=0)
-    hi: float = option(0.50, "a class where its map passes (tuned, once on val: README; ToCo: 0.7)", toy=0.60, least=0)
-    favour: float = option(0.5, "objects' head start in logits when segmenting (tuned on held-out images)", toy=0.0, least=0)
+    lo: float = option(0.35, "round 1: background where every map stays below (tuned; ToCo: 0.25)", toy=0.45, least=0)
+    hi: float = option(0.50, "round 1: a class where its map passes (tuned; not a wider band, on val: README; ToCo: 0.7)", toy=0.60, least=0)
+    seg_lo: float = option(0.45, "later rounds: as --lo (tuned)", least=0)
+    seg_hi: float = option(0.60, "later rounds: as --hi (tuned)", least=0)
+    favour: float = option(0.75, "objects' head start in logits when segmenting (tuned; --eval, --segment may change it)", toy=0.0, least=0)
     difficult: bool = option(True, "count objects marked <difficult> as tags (as the field's train_aug tags do)")
     supervised: bool = option(False, "train on the true masks: the upper bound, for measuring only")
     seed: int = option(0, "of weights, order and augmentation", least=0)
@@ -81,6 +83,7 @@ def check(cfg):
     require("backbone", cfg.backbone in BACKBONES, f"one of {', '.join(BACKBONES)}")
     require("weights", cfg.backbone != "tiny" or cfg.weights == "none", "none with tiny, which has no ImageNet weights")
     require("lo", cfg.lo <= cfg.hi <= 1, f"at most --hi {cfg.hi}, and that at most 1")
+    require("seg_lo", cfg.seg_lo <= cfg.seg_hi <= 1, f"at most --seg-hi {cfg.seg_hi}, and that at most 1")
     require("crop", cfg.crop % 16 == 1 and cfg.crop < 4100, "16n+1, such as 257 or 321, to fit the stride, at most 4097")
     require("size", cfg.size <= 8192, "at most 8192")
     require("scale_max", cfg.scale_min <= cfg.scale_max <= 100, f"--scale-min {cfg.scale_min} to 100")
@@ -127,7 +130,7 @@ def load_run(folder):
     state = load(path)
     with refusing(f"{path}: not a run's checkpoint", "expected one that this version of train.py wrote; give its run folder"):
         device = "cpu" if state["config"]["device"] == "cpu" else "auto"   # to the bit means on the same kind of device
-        stored = Config(**{**state["config"], "out": str(folder), "device": device})
+        stored = Config(**{**{f.name: state["config"][f.name] for f in fields(Config)}, "out": str(folder), "device": device})
         return {**state, "classes": list(state["classes"])}, check(stored)
 
 def build(cfg, classes, state=None):
@@ -235,20 +238,21 @@ def stages(net, image, y, cfg, use_seg):
     """Stages 1-4 for one PIL image: the maps (1,P,.,.) in [0,1] of its P tagged classes after each stage, {"cam", "affinity"} on the
     stride-8 grid and {"self_guided"} at full resolution; and its pseudo label (H,W) uint8.
 
-    The first map is CAM's, or with use_seg the segmentation head's softmax(Z / soften) over background and tagged classes: softened
+    "cam" is CAM's map, or with use_seg the segmentation head's softmax(Z / soften) over background and tagged classes: softened
     because the head is over-sure of what it learnt, stretched by at most 1/least, so that small classes do not vanish from round to
     round and wrong ones do not fill the picture (our choice, measured in the README)."""
     S, _, Z, mid = network_outputs(net, image, cfg)
     k = y.nonzero()[:, 0].to(S.device)                             # (P,) the tagged classes
-    tags, least = torch.ones(1, len(k), device=S.device), cfg.least if use_seg else 1e-5
+    tags = torch.ones(1, len(k), device=S.device)
+    least, strength, lo, hi = (cfg.least, cfg.seg_strength, cfg.seg_lo, cfg.seg_hi) if use_seg else (1e-5, cfg.strength, cfg.lo, cfg.hi)
     M = cam = (Z[:, torch.cat([k.new_zeros(1), k + 1])] / cfg.soften).softmax(1)[:, 1:] if use_seg else \
         refine.localization_maps(S[:, k], tags)                    # (1,P,h/8,w/8)
     if cfg.affinity:
-        M = refine.affinity_guided(M, mid, cfg.steps, cfg.seg_strength if use_seg else cfg.strength, temperature=cfg.temperature)
+        M = refine.affinity_guided(M, mid, cfg.steps, strength, temperature=cfg.temperature)
     M = affinity = refine.localization_maps(M, tags, least)        # the walk lowers peaks: stretch them again
     I = to_tensor(image)[None].to(S.device)                        # (1,3,H,W)
     M = refine.self_guided(M, I, cfg.radius, cfg.eps) if cfg.self_guided else refine.up(M, I.shape[-2:])
-    label = refine.pseudo_labels(M, tags, cfg.lo, cfg.hi)[0].cpu().numpy()
+    label = refine.pseudo_labels(M, tags, lo, hi)[0].cpu().numpy()
     index = np.arange(256, dtype=np.uint8)                         # from the P tagged classes back to all K; 0 and 255 stay
     index[1:len(k) + 1] = k.cpu() + 1
     return {"cam": cam, "affinity": affinity, "self_guided": M}, index[label]
@@ -322,11 +326,9 @@ def update(run):
 # ---- looking and scoring -----------------------------------------------------------------------------------------------
 @torch.no_grad()
 def segment(net, image, cfg):
-    """argmax_k of the self-guided softmax(Z_k + c_k): (H,W) uint8 of one PIL image. No tags, single scale, mirror averaged.
-
-    c_k = log sigmoid(s_k) - max_j log sigmoid(s_j) + favour, c_0 = 0: the classifier's word on which classes are there stands in for the
-    tags, and an IoU of J grows by every pixel of p > J / (1 + J), not 1/2 (Lipton et al. 2014, of F1: p > F1 / 2, the same p). The
-    image guides its own answer as it guides its maps. Our choices, measured in the README."""
+    """argmax_k of the self-guided softmax(Z_k + c_k): (H,W) uint8 of one PIL image. No tags, single scale, mirror averaged. c_0 = 0,
+    c_k = log sigmoid(s_k) - max_j log sigmoid(s_j) + favour: the classifier's word on which classes are there stands in for tags, and
+    an IoU of J grows by every pixel of p > J / (1 + J), not 1/2 (after Lipton et al. 2014). Our choices, measured in the README."""
     _, s, Z, _ = network_outputs(net, image, cfg)
     present = F.logsigmoid(s)                                      # (1,K)
     Z[:, 1:] += (present - present.amax(1, keepdim=True) + cfg.favour)[:, :, None, None]
@@ -486,7 +488,7 @@ def command(argv):
          "command line: contradicts itself; expected one of --eval RUN, --out RUN --resume, --out RUN --segment PHOTO; correct it")
     folder = score or given.get("out") or ("runs/voc" if given.get("voc") or photos else "runs/toy")
     state, stored = load_run(folder) if resume or score or photos else (None, None)
-    cfg = configure(given, folder, stored, ("device", "workers", "out", *(["voc"] if score else [])))
+    cfg = configure(given, folder, stored, ("device", "workers", "out", *(["voc"] if score else []), *([] if resume else ["favour"])))
     if photos:
         return segment_photos(state, cfg, photos)
     run = Run(cfg, state, argv)

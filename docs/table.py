@@ -33,12 +33,12 @@ def one(folder):
             print(f"| {m['round']} | {percent(m['val_core'])} | {percent(m['val_miou'])} |")
 
 def headline(folder):
-    """Peak core of the raw and of the refined maps, core of the last labels, val core after each round, val mIoU."""
+    """Peak core of the raw and of the refined maps, core of every round's labels, val core after each round, val mIoU."""
     results = json.loads((folder / "results.json").read_text())
     rounds = [m["val_core"] for m in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "val_core" in m]
-    maps, labels = results["train"], list(results["labels"].values())
+    maps = results["train"]
     return {"raw maps, peak": maps["cam"]["peak"]["core"], "refined maps, peak": maps["self_guided"]["peak"]["core"],
-            **{f"labels of round {n}": s["core"] for n, s in enumerate(labels, 1)},
+            **{f"labels of {name}": s["core"] for name, s in results["labels"].items()},
             **{f"val after round {n}": x for n, x in enumerate(rounds, 1)}, "val mIoU": results["val"]["seg"]["miou"]}
 
 if __name__ == "__main__":
