@@ -94,14 +94,6 @@ def affinity_energy(maps, features, start=None, strength=1.0, dilations=DILATION
     return (E / (A > 0).sum((1, 2)).clamp_min(1)[:, None]).mean()
 
 # ---- 3. the image itself -> self-guided refinement ---------------------------------------------------------------------
-def sum_down(x):
-    """x.cumsum(2), faster: whole rows are added in blocks of eight, then the blocks' totals; torch's own goes column by column."""
-    total = F.pad(x, (0, 0, 0, -x.shape[2] % 8)).unflatten(2, (-1, 8))   # (B,C,H/8,8,W)
-    for n in range(1, 8):
-        total[:, :, :, n] += total[:, :, :, n - 1]
-    total[:, :, 1:] += total[:, :, :-1, 7:].cumsum(2)
-    return total.flatten(2, 3)[:, :, :x.shape[2]]
-
 def box_mean(x, radius):
     """Mean over the (2r+1)^2 window around each pixel, cut at the border and divided by the pixels in it.
 
@@ -110,16 +102,21 @@ def box_mean(x, radius):
     >>> box_mean(torch.tensor([[[[1., 2., 6.]]]]), radius=1)
     tensor([[[[1.5000, 3.0000, 4.0000]]]])
     """
-    counts = []
+    counts = []                                                    # floats: dividing by integers takes several times as long
     for dim in (2, 3):
-        n = x.shape[dim]
-        r, i = min(radius, n - 1), torch.arange(n, device=x.device)
-        total = x.cumsum(3) if dim == 3 else sum_down(x)           # sum up to i; the window is total[i + r] - total[i - r - 1]
+        n, total = x.shape[dim], x.cumsum(dim)                     # sum up to i; the window is total[i + r] - total[i - r - 1]
+        r, i = min(radius, n - 1), torch.arange(n, device=x.device, dtype=x.dtype)
         end = total.narrow(dim, n - 1, 1).expand(*x.shape[:dim], r, *x.shape[dim + 1:])
         x = torch.cat([total.narrow(dim, r, n - r), end], dim)
         x.narrow(dim, r + 1, n - r - 1).sub_(total.narrow(dim, 0, n - r - 1))
-        counts.append((i + r + 1).clamp_max(n) - (i - r).clamp_min(0))
-    return x.div_(counts[0][:, None] * counts[1])
+        counts.append((i + r).clamp_max(n - 1) - (i - r).clamp_min(0) + 1)
+    return x.div_(counts[0][:, None]).div_(counts[1])
+
+def affine(a, b, I, sign=1):
+    """b + sign a . I = b + sign sum_c a_c I_c: a yields one (B,K,h,w) for each colour c of I (B,3,h,w); b (B,K,h,w)."""
+    for c, a_c in enumerate(a):
+        b = torch.addcmul(b, a_c, I[:, c:c + 1], value=sign)
+    return b
 
 def guided_coefficients(p, I, radius, eps):
     """In every window omega_k the result is an affine function of the colours, q_i = a_k . I_i + b_k, fitted to p:
@@ -147,15 +144,15 @@ def guided_coefficients(p, I, radius, eps):
     a2 = (c2 - l20 * c0 - l21 * c1) / d2
     a1 = c1 / d1 - l21 * a2
     a = [c0 / d0 - l10 * a1 - l20 * a2, a1, a2]                    # (B,K,h,w) each
-    b = pm - sum(m * mu[:, i:i + 1] for i, m in enumerate(a))      # (B,K,h,w)
+    b = affine(a, pm, mu, -1)                                      # (B,K,h,w)
     a, b = [box_mean(m, radius) for m in a], box_mean(b, radius)
-    return a, b + mp - sum(m * mI[:, i:i + 1] for i, m in enumerate(a))
+    return a, affine(a, b + mp, mI, -1)                            # undo the centring
 
 def guided_filter(p, I, radius, eps):
     """q_i = mean(a)_i . I_i + mean(b)_i: He, Sun & Tang's guided filter; p (B,K,H,W), I (B,3,H,W) in [0,1] on one grid.
     Returns (B,K,H,W), not clamped. Small eps: the image speaks; large eps, or a flat image: a box mean, twice. ValueError as above."""
     a, b = guided_coefficients(p, I, radius, eps)                  # 3 (B,K,H,W), (B,K,H,W)
-    return b + sum(m * I[:, i:i + 1] for i, m in enumerate(a))
+    return affine(a, b, I)
 
 def up(x, size):
     """Bilinear x (B,C,h,w) -> (B,C,*size) with corners on corners, as sizes 16n+1 and strides 4, 8, 16 want it."""
@@ -174,7 +171,7 @@ def self_guided(maps, image, radius=6, eps=1e-5):
     """
     size, small = image.shape[-2:], F.interpolate(image, maps.shape[-2:], mode="area")   # (B,3,h,w)
     a, b = guided_coefficients(maps, small, radius, eps)           # 3 (B,K,h,w), (B,K,h,w)
-    return (up(b, size) + sum(up(m, size) * image[:, i:i + 1] for i, m in enumerate(a))).clamp(0, 1)   # (B,K,H,W)
+    return affine((up(m, size) for m in a), up(b, size), image).clamp(0, 1)   # (B,K,H,W)
 
 # ---- 4. maps -> pseudo labels ------------------------------------------------------------------------------------------
 def pseudo_labels(maps, labels, lo, hi):
