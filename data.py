@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 
-IGNORE = 255
+from refine import IGNORE
+
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
                "pottedplant sheep sofa train tvmonitor").split()
 CORE = {"background", "cat", "cow", "dog", "horse", "person", "sheep"}   # the classes our VOC subset was drawn for
@@ -32,7 +33,7 @@ def refusing(what, expected):
     try:
         yield
     except Exception as e:
-        raise e if isinstance(e, InputError) else InputError(f"{what} ({type(e).__name__}: {str(e)[:120]}); {expected}")
+        raise e if isinstance(e, (InputError, MemoryError)) else InputError(f"{what} ({type(e).__name__}: {str(e)[:120]}); {expected}")
 
 # ---- files -> arrays ---------------------------------------------------------------------------------------------------
 def decoded(path, convert):
@@ -95,7 +96,7 @@ def read_list(path):
 class VOC:
     """One split of a devkit: ids, and for i the image, its tags y (K,) and, for scoring only, its mask.
 
-    path is the folder that holds ImageSets, or the one above it, or the one above VOCdevkit. image_paths[i] is JPEGImages/ID.jpg,
+    path is the folder that holds ImageSets, or the one above VOC2012, or the one above VOCdevkit/VOC2012. image_paths[i] is JPEGImages/ID.jpg,
     mask_paths[i] in SegmentationClassAug or SegmentationClass, or None where there is none. Raises InputError.
     """
     def __init__(self, path, split, difficult=True):
@@ -143,7 +144,7 @@ def aligned(image, size):
 class Crops(torch.utils.data.Dataset):
     """Joint scale / flip / crop of image i and its label map: everything random is drawn from (seed, epoch, i) alone.
 
-    The long side becomes size * U(scale), then a crop x crop window is cut; outside the image the input is grey 0.5 and the
+    The long side becomes size * U(scale), then a crop x crop window is cut; outside the image the input is grey (128/255) and the
     label 255. label_paths lists the PNGs of pseudo labels, or is None while there are none (all 255). Returns image
     (3,crop,crop) float32 in [0,1], tags (K,) float32, label (crop,crop) int64 and i.
     """

@@ -64,8 +64,8 @@ def affinity_guided(maps, features, steps=40, strength=100.0, dilations=DILATION
     Source: abstract, sentence 6; the walk after AffinityNet (Ahn & Kwak 2018), whose affinities are learned by a second
     network: here they are read off the one network's own features. Raises ValueError when the grids differ.
 
-    Worked example: two alike pixels, lambda = 1, M0 = (1, 0). One step gives (1 + 0, 0 + 1) / 2 = (0.5, 0.5); the next
-    (1 + 0.5, 0 + 0.5) / 2 = (0.75, 0.25); the walk settles at (2/3, 1/3).
+    Worked example: two pixels, each the other's only neighbour (so P is the same for every A_12), lambda = 1, M0 = (1, 0). One step
+    gives (1 + 0, 0 + 1) / 2 = (0.5, 0.5); the next (1 + 0.5, 0 + 0.5) / 2 = (0.75, 0.25); the walk settles at (2/3, 1/3).
 
     >>> affinity_guided(torch.tensor([[[[1., 0.]]]]), torch.zeros(1, 3, 1, 2), steps=2, strength=1.0)
     tensor([[[[0.7500, 0.2500]]]])
@@ -73,19 +73,22 @@ def affinity_guided(maps, features, steps=40, strength=100.0, dilations=DILATION
     if maps.shape[-2:] != features.shape[-2:]:
         raise ValueError(f"maps {tuple(maps.shape)} and features {tuple(features.shape)} must share one grid")
     A, index = affinity(features, dilations, temperature)          # (B,hw,N), (hw,N)
-    P = (A / A.sum(-1, keepdim=True).clamp_min(1e-12))[:, None]    # (B,1,hw,N); a 1x1 grid has no neighbour
+    P = (A / A.sum(-1, keepdim=True).clamp_min(1e-30))[:, None]    # (B,1,hw,N); a 1x1 grid has no neighbour
     M0 = M = maps.flatten(2)                                       # (B,K,hw)
     for _ in range(steps):
         M = (M0 + strength * (P * M[:, :, index]).sum(-1)) / (1 + strength)
     return M.unflatten(2, maps.shape[-2:])                         # (B,K,h,w)
 
 def affinity_energy(maps, features, start=None, strength=1.0, dilations=DILATIONS, temperature=0.1):
-    """E / pairs = [sum_i d_i (M_i - M0_i)^2 + lambda sum_ij A_ij (M_i - M_j)^2 / 2] / (number of neighbour pairs ij).
+    """E / pairs = [sum_i d_i (M_i - M0_i)^2 + lambda sum_ij A_ij (M_i - M_j)^2 / 2] / (number of ordered pairs ij with A_ij > 0).
 
-    The energy that `affinity_guided` lowers (at the same strength), averaged over batch and classes. With start = None the first sum is
-    left out: a loss on unrefined maps that asks them to agree with the features. maps, start (B,K,h,w); features (B,C,h,w).
-    Gradients flow to all of them: detach what should not move.
+    The energy that `affinity_guided` lowers, given the same strength (lambda) and M0 = start, averaged over batch and classes: a scalar
+    >= 0. With start = None the first sum is left out: a loss on unrefined maps that asks them to agree with the features; lambda
+    then only scales it. maps, start (B,K,h,w); features (B,C,h,w). Gradients flow to all of them: detach what should not move.
+    Source: abstract, sentence 6; the energy is our choice. Raises ValueError when the grids differ.
     """
+    if maps.shape[-2:] != features.shape[-2:]:
+        raise ValueError(f"maps {tuple(maps.shape)} and features {tuple(features.shape)} must share one grid")
     A, index = affinity(features, dilations, temperature)          # (B,hw,N)
     M = maps.flatten(2)                                            # (B,K,hw)
     E = strength * (A[:, None] * (M[..., None] - M[:, :, index]) ** 2).sum((-1, -2)) / 2   # (B,K)
@@ -97,7 +100,7 @@ def affinity_energy(maps, features, start=None, strength=1.0, dilations=DILATION
 def box_mean(x, radius):
     """Mean over the (2r+1)^2 window around each pixel, cut at the border and divided by the pixels in it.
 
-    x (B,C,H,W) -> (B,C,H,W). Running sums: the cost is the same for every radius, the memory linear in the pixels.
+    x (B,C,H,W) -> (B,C,H,W), radius >= 0. Running sums: the cost is the same for every radius, the memory linear in the pixels.
 
     >>> box_mean(torch.tensor([[[[1., 2., 6.]]]]), radius=1)
     tensor([[[[1.5000, 3.0000, 4.0000]]]])
@@ -131,16 +134,19 @@ def guided_coefficients(p, I, radius, eps):
         raise ValueError(f"want p {tuple(p.shape)} and I {tuple(I.shape)} of one size, radius >= 0 and eps > 0")
     mI, mp = I.mean((2, 3), keepdim=True), p.mean((2, 3), keepdim=True)
     I, p = I - mI, p - mp                                          # the filter is affine: centring keeps float32 sums small
-    mu, pm = box_mean(I, radius), box_mean(p, radius)              # (B,3,h,w) (B,K,h,w); below colour by colour: a cache holds one
-    cov = lambda i, x, mx: torch.addcmul(box_mean(I[:, i:i + 1] * x, radius), mu[:, i:i + 1], mx, value=-1)   # colour i with x
-    (s00, s01, s02), (s11, s12), (s22,) = (cov(i, I[:, i:], mu[:, i:]).split(1, 1) for i in range(3))   # Sigma, (B,1,h,w) each
-    c0, c1, c2 = (cov(i, p, pm) for i in range(3))                 # cov(p, I), (B,K,h,w) each
-    d0 = (s00 + eps).clamp_min(eps)                                # solve (Sigma + eps U) a = cov(p, I) by LDL^T, in closed form;
-    l10, l20 = s01 / d0, s02 / d0                                  # exact pivots are never below eps, float32's may be
+    mu, pm = box_mean(I, radius), box_mean(p, radius)              # (B,3,h,w) (B,K,h,w)
+    def cov(c, x, mean_x):                                         # mean_k(I_c x) - mu_c mean_k(x); one colour: a cache holds it
+        return torch.addcmul(box_mean(I[:, c:c + 1] * x, radius), mu[:, c:c + 1], mean_x, value=-1)
+    s00, s01, s02 = cov(0, I, mu).split(1, 1)                      # Sigma, symmetric, (B,1,h,w) each
+    s11, s12 = cov(1, I[:, 1:], mu[:, 1:]).split(1, 1)
+    s22 = cov(2, I[:, 2:], mu[:, 2:])
+    c0, c1, c2 = (cov(c, p, pm) for c in range(3))                 # the right-hand side, (B,K,h,w) each
+    d0 = (s00 + eps).clamp_min(eps)                                # Sigma + eps U = L diag(d) L^T, L = [1; l10 1; l20 l21 1];
+    l10, l20 = s01 / d0, s02 / d0                                  # exact pivots d are never below eps, float32's may be
     d1 = (s11 + eps - l10 * s01).clamp_min(eps)
     l21 = (s12 - l10 * s02) / d1
     d2 = (s22 + eps - l20 * s02 - l21 ** 2 * d1).clamp_min(eps)
-    c1 = c1 - l10 * c0
+    c1 = c1 - l10 * c0                                             # forward with L, then back with L^T
     a2 = (c2 - l20 * c0 - l21 * c1) / d2
     a1 = c1 / d1 - l21 * a2
     a = [c0 / d0 - l10 * a1 - l20 * a2, a1, a2]                    # (B,K,h,w) each
@@ -150,7 +156,14 @@ def guided_coefficients(p, I, radius, eps):
 
 def guided_filter(p, I, radius, eps):
     """q_i = mean(a)_i . I_i + mean(b)_i: He, Sun & Tang's guided filter; p (B,K,H,W), I (B,3,H,W) in [0,1] on one grid.
-    Returns (B,K,H,W), not clamped. Small eps: the image speaks; large eps, or a flat image: a box mean, twice. ValueError as above."""
+    Returns (B,K,H,W), not clamped. Small eps: the image speaks; large eps, or a flat image: a box mean, twice. ValueError as above.
+
+    Worked example: a black and a white pixel, p = (0.2, 0.8), one window. Every colour has variance 1/4 and covariance 0.15 with p:
+    a = 0.15 / (3/4 + eps) for each. With eps = 3/4 that is 0.1, and q = 0.5 +- 3 * 0.1 / 2; with eps near 0, q = p.
+
+    >>> guided_filter(torch.tensor([[[[.2, .8]]]]), torch.tensor([0., 1.]).expand(1, 3, 1, 2), radius=1, eps=0.75)
+    tensor([[[[0.3500, 0.6500]]]])
+    """
     a, b = guided_coefficients(p, I, radius, eps)                  # 3 (B,K,H,W), (B,K,H,W)
     return affine(a, b, I)
 
@@ -167,7 +180,12 @@ def self_guided(maps, image, radius=6, eps=1e-5):
 
     maps (B,K,h,w) in [0,1]; image (B,3,H,W) in [0,1]; radius in cells of the maps' grid. Returns (B,K,H,W) in [0,1]; a map that
     is zero everywhere stays zero. Source: abstract, sentence 7. That the paper's refinement is this filter is our reading
-    of its wording, not a fact; radius and eps chosen on our VOC subset's training masks, then frozen.
+    of its wording, not a fact; radius and eps chosen on our VOC subset's training masks, then frozen. ValueError as above.
+
+    Worked example: a map of two cells and a picture of four pixels, two black, two white: the edge is the picture's.
+
+    >>> self_guided(torch.tensor([[[[.2, .8]]]]), torch.tensor([0., 0., 1., 1.]).expand(1, 3, 1, 4), radius=1)
+    tensor([[[[0.2000, 0.2000, 0.8000, 0.8000]]]])
     """
     size, small = image.shape[-2:], F.interpolate(image, maps.shape[-2:], mode="area")   # (B,3,h,w)
     a, b = guided_coefficients(maps, small, radius, eps)           # 3 (B,K,h,w), (B,K,h,w)

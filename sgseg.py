@@ -4,11 +4,12 @@ Symbols, the same in every file:
 
     x          image, (B,3,H,W), RGB in [0,1]; H and W of the form 16n+1 keep all grids aligned
     y          image-level labels, (B,K) in {0,1}; K foreground classes, background is not one of them
-    F_low      low-level features,           stride 4
+    F_low      low-level features,           stride 4    (returned for your experiments; the method looks at the next two)
     F_mid      intermediate-level features,  stride 8   (the affinity guidance looks at these)
     F_high     high-level features,          stride 16  (the localization maps come from these)
     S, s       CAM scores S_k = <w_k, F_high> (B,K,h,w) and image scores s_k = mean_ij S_k (B,K)
     Z          segmentation logits (B,K+1,h,w), channel 0 is background
+    H/8        of a grid: H/8 rounded up, 33 for 257
 
 The abstract fixes that one network's high and intermediate features are used; backbones, strides and heads are our choice. A backbone
 has its levels' `channels`, the `mean` and `std` its weights expect, and `frozen`: what fine-tuning leaves alone.
@@ -26,7 +27,8 @@ def conv_bn(c_in, c_out, kernel=3, stride=1):
     return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(c_out), nn.ReLU6(inplace=True))
 
 class Tiny(nn.Module):
-    """Six conv blocks for the toy run, trained from scratch. Our choice: as small as solves the toy set on two cores."""
+    """Six conv blocks for the toy run, trained from scratch: x (B,3,H,W), normalised -> F_low, F_mid, F_high. Our choice: as small as
+    solves the toy set on two cores."""
     channels, mean, std, frozen = (32, 48, 96), (0.5,) * 3, (0.25,) * 3, ()
     def __init__(self):
         super().__init__()
@@ -40,8 +42,9 @@ class Tiny(nn.Module):
         return low, mid, self.high(mid)                            # (B,96,H/16,W/16)
 
 class VGG16(nn.Module):
-    """VGG-16 (Simonyan & Zisserman 2015), parameters named as torchvision's `features.N`. Pooling rounds up so that 16n+1 inputs stay
-    aligned; pool5 is dropped, so F_high keeps stride 16, and conv5 dilated by 2 to see wider, as DeepLab's (Chen et al. 2015)."""
+    """VGG-16 (Simonyan & Zisserman 2015): x (B,3,H,W), normalised -> F_low, F_mid, F_high. Parameters are named as torchvision's
+    `features.N`. Pooling rounds up so that 16n+1 inputs stay aligned; pool5 is dropped, so F_high keeps stride 16, and conv5
+    dilated by 2 to see wider, as DeepLab's (Chen et al. 2015)."""
     channels, mean, std = (256, 512, 512), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # torchvision's ImageNet statistics
     stages = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
     def __init__(self):
@@ -62,7 +65,8 @@ class VGG16(nn.Module):
         return low, mid, self.features[23:](mid)                   # (B,512,H/16,W/16) conv5_3
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block (Sandler et al. 2018): expand 1x1, depthwise k x k, project 1x1, skip where shapes agree."""
+    """MobileNetV2's block (Sandler et al. 2018): expand 1x1, depthwise k x k, project 1x1, skip where shapes agree:
+    (B,c_in,H,W) -> (B,c_out,H/stride,W/stride)."""
     def __init__(self, c_in, c_out, kernel, stride, dilation, expand):
         super().__init__()
         c, norm = c_in * expand, lambda width: nn.BatchNorm2d(width, eps=1e-3, momentum=0.01)
@@ -79,10 +83,10 @@ class InvertedResidual(nn.Module):
         return x + h if self.skip else h
 
 class Lite0(nn.Module):
-    """EfficientNet-Lite0 (Tan & Le 2019; the Lite variant has no squeeze-excite and uses ReLU6): the classifier these weights were
-    trained as, but the sixth stage keeps stride 16 and dilates by 2 from its second depthwise convolution on. Symmetric padding
-    equals TensorFlow's SAME at sizes 16n+1. F_mid is what the stride-8 stage starts from, averaged onto its grid: a better graph
-    than what that stage makes of it (measured in the README)."""
+    """EfficientNet-Lite0 (Tan & Le 2019; the Lite variant has no squeeze-excite and uses ReLU6): x (B,3,H,W), normalised -> F_low,
+    F_mid, F_high. The classifier these weights were trained as, but the sixth stage keeps stride 16 and dilates by 2 from its
+    second depthwise convolution on. Symmetric padding equals TensorFlow's SAME at sizes 16n+1. F_mid is what the stride-8
+    stage starts from, averaged onto its grid: a better graph than what that stage makes of it (measured in the README)."""
     channels, mean, std = (24, 24, 1280), (127 / 255,) * 3, (128 / 255,) * 3   # the released weights expect (255 x - 127) / 128
     #          c_out, blocks, kernel, stride, dilation, expand
     stages = ((16, 1, 3, 1, 1, 1), (24, 2, 3, 2, 1, 6), (40, 2, 5, 2, 1, 6), (80, 3, 3, 2, 1, 6), (112, 3, 5, 1, 1, 6),
@@ -145,4 +149,4 @@ class SGSeg(nn.Module):
     def forward(self, x):
         low, mid, high = self.backbone((x - self.mean) / self.std)   # (B,C1,H/4,W/4) (B,C2,H/8,W/8) (B,C3,H/16,W/16)
         S = self.cam(high)                                         # (B,K,H/16,W/16)
-        return Output(S, S.mean((2, 3)), self.seg(mid, high), (low, mid, high))
+        return Output(S, S.float().mean((2, 3)), self.seg(mid, high), (low, mid, high))

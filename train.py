@@ -61,10 +61,10 @@ class Config:
     eps: float = option(1e-5, "eps of the guided filter (tuned)", toy=1e-3, least=1e-9)
     soften: float = option(2.0, "divides the segmentation logits when rounds after the first refine them (tuned)", least=1e-3)
     least: float = option(0.3, "softened probabilities are stretched to a maximum of 1, by at most 1/least (tuned)", least=1e-5)
-    lo: float = option(0.35, "round 1: background where every map stays below (tuned; ToCo: 0.25)", toy=0.45, least=0)
-    hi: float = option(0.50, "round 1: a class where its map passes (tuned; not a wider band, on val: README; ToCo: 0.7)", toy=0.60, least=0)
-    seg_lo: float = option(0.45, "later rounds: as --lo (tuned)", least=0)
-    seg_hi: float = option(0.60, "later rounds: as --hi (tuned)", least=0)
+    lo: float = option(0.35, "round 1 and last refine: background where every map stays below (tuned; ToCo: 0.25)", toy=0.45, least=0)
+    hi: float = option(0.50, "round 1 and last refine: a class where its map passes (tuned; not a wider band, on val: README; ToCo: 0.7)", toy=0.60, least=0)
+    seg_lo: float = option(0.45, "rounds 2 to --rounds: as --lo; purer labels train better (tuned)", least=0)
+    seg_hi: float = option(0.60, "rounds 2 to --rounds: as --hi (tuned)", least=0)
     favour: float = option(0.75, "objects' head start in logits when segmenting (tuned; --eval, --segment may change it)", toy=0.0, least=0)
     difficult: bool = option(True, "count objects marked <difficult> as tags (as the field's train_aug tags do)")
     supervised: bool = option(False, "train on the true masks: the upper bound, for measuring only")
@@ -121,6 +121,7 @@ def write(path, save):
 
 def load(path):
     """The dict in a checkpoint or weights file, as data: no pickled code ever runs. Raises InputError."""
+    need(Path(path).exists(), f"{path}: no such file; expected a torch file of plain tensors; correct the path")
     with refusing(f"{path}: not a checkpoint", "expected a torch file of plain tensors; give a whole one"):
         return dict(torch.load(path, map_location="cpu", weights_only=True))
 
@@ -131,7 +132,8 @@ def load_run(folder):
     with refusing(f"{path}: not a run's checkpoint", "expected one that this version of train.py wrote; give its run folder"):
         device = "cpu" if state["config"]["device"] == "cpu" else "auto"   # to the bit means on the same kind of device
         stored = Config(**{**{f.name: state["config"][f.name] for f in fields(Config)}, "out": str(folder), "device": device})
-        return {**state, "classes": list(state["classes"])}, check(stored)
+        state["at"]["round"], state["classes"], state["ids"] = int(state["at"]["round"]), list(state["classes"]), list(state["ids"])
+        return state, check(stored)
 
 def build(cfg, classes, state=None):
     """The seeded network on its device, with ImageNet weights, or with those of a checkpoint's dict. Raises InputError."""
@@ -182,6 +184,8 @@ class Run:
             self.val = VOC(kit, "val")
             self.val.scan(True, partial(track, "scan val"))
         self.net = build(cfg, self.voc.classes, state)
+        need(not state or state["ids"] == self.voc.ids, f"{self.voc.root}/ImageSets/Segmentation: lists other training images than "
+             f"when {self.folder} began; expected the same; restore the list, or start a new --out")
         pretrained = cfg.weights != "none"
         for module in self.net.backbone.frozen if pretrained else ():
             module.requires_grad_(False)
@@ -201,7 +205,7 @@ class Run:
 
     def save(self):
         """Write metrics.jsonl and checkpoint.pt. Raises InputError; the old files are then still whole."""
-        state = {"config": asdict(self.cfg), "classes": self.voc.classes, "model": self.net.state_dict(),
+        state = {"config": asdict(self.cfg), "classes": self.voc.classes, "ids": self.voc.ids, "model": self.net.state_dict(),
                  "optimizer": self.opt.state_dict(), "rng": torch.get_rng_state(), "at": self.at, "metrics": self.metrics}
         write(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))   # first: a resumed run
         write(self.folder / "checkpoint.pt", partial(torch.save, state))   # overwrites metrics that are ahead, not those behind
@@ -220,42 +224,46 @@ class Run:
         self.metrics.append(metric)
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metric.items()), flush=True)
 
-    def label_path(self, i, round=None):
+    def label_path(self, i, r=None):
         """Pseudo label of training image i in a round (default: the one being trained on)."""
-        return self.folder / "pseudo" / f"round{round or self.at['round']}" / f"{self.voc.ids[i]}.png"
+        return self.folder / "pseudo" / f"round{r or self.at['round']}" / f"{self.voc.ids[i]}.png"
 
 # ---- refine: network fixed, labels change ------------------------------------------------------------------------------
 def network_outputs(net, image, cfg):
-    """Of one PIL image: S (1,K,H/8,W/8), s (1,K) and Z (1,K+1,H/8,W/8), averaged with its mirror image's; and F_mid."""
+    """Of one PIL image, resized to H,W of the form 16n+1 with a long side of about cfg.size: S, brought to F_mid's grid, (1,K,H/8,W/8),
+    s (1,K) and Z (1,K+1,H/8,W/8), each averaged with the mirror image's; and F_mid (1,C,H/8,W/8). float32, also on CUDA: the
+    affinity looks at small differences."""
     x = to_tensor(aligned(image, cfg.size))[None].to(cfg.device).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=cfg.device.startswith("cuda")):
-        a, b = net(x), net(x.flip(3))
-    S, Z = ((u + v.flip(3)).float() / 2 for u, v in ((a.cam, b.cam), (a.seg, b.seg)))
-    mid = a.features[1].float()                                    # (1,C,h/8,w/8)
-    return refine.up(S, mid.shape[-2:]), (a.scores + b.scores).float() / 2, Z, mid
+    a, b = net(x), net(x.flip(3))
+    S, Z, mid = (a.cam + b.cam.flip(3)) / 2, (a.seg + b.seg.flip(3)) / 2, a.features[1]
+    return refine.up(S, mid.shape[-2:]), (a.scores + b.scores) / 2, Z, mid
 
-def stages(net, image, y, cfg, use_seg):
-    """Stages 1-4 for one PIL image: the maps (1,P,.,.) in [0,1] of its P tagged classes after each stage, {"cam", "affinity"} on the
-    stride-8 grid and {"self_guided"} at full resolution; and its pseudo label (H,W) uint8.
+def stages(net, image, y, cfg, r):
+    """Stages 1-4 of round r for one PIL image: {"cam", "affinity", "self_guided"}, the maps M of its P tagged classes after each stage, in [0,1],
+    the first two (1,P,H/8,W/8), the last (1,P,H,W); and its pseudo label (H,W) uint8.
 
-    "cam" is CAM's map, or with use_seg the segmentation head's softmax(Z / soften) over background and tagged classes: softened
-    because the head is over-sure of what it learnt, stretched by at most 1/least, so that small classes do not vanish from round to
-    round and wrong ones do not fill the picture (our choice, measured in the README)."""
+        cam          round 1: M_k = relu(S_k) / max relu(S_k);  later: softmax(Z / soften) over background and the tags
+        affinity     cam after the walk over F_mid (--no-affinity: cam), then M_k / max(max M_k, least): the walk lowers peaks
+        self_guided  the filter's output (--no-self-guided: affinity, upsampled)
+
+    Softened, because the head is over-sure of what it learnt; stretched by at most 1/least, so that small classes do not vanish from
+    round to round and wrong ones do not fill the picture. Round rounds + 1 is the last refine: nothing trains on its labels,
+    and lower thresholds make them more complete (our choices, measured in the README)."""
     S, _, Z, mid = network_outputs(net, image, cfg)
-    k = y.nonzero()[:, 0].to(S.device)                             # (P,) the tagged classes
-    tags = torch.ones(1, len(k), device=S.device)
-    least, strength, lo, hi = (cfg.least, cfg.seg_strength, cfg.seg_lo, cfg.seg_hi) if use_seg else (1e-5, cfg.strength, cfg.lo, cfg.hi)
-    M = cam = (Z[:, torch.cat([k.new_zeros(1), k + 1])] / cfg.soften).softmax(1)[:, 1:] if use_seg else \
-        refine.localization_maps(S[:, k], tags)                    # (1,P,h/8,w/8)
-    if cfg.affinity:
-        M = refine.affinity_guided(M, mid, cfg.steps, strength, temperature=cfg.temperature)
-    M = affinity = refine.localization_maps(M, tags, least)        # the walk lowers peaks: stretch them again
-    I = to_tensor(image)[None].to(S.device)                        # (1,3,H,W)
-    M = refine.self_guided(M, I, cfg.radius, cfg.eps) if cfg.self_guided else refine.up(M, I.shape[-2:])
-    label = refine.pseudo_labels(M, tags, lo, hi)[0].cpu().numpy()
+    k = y.nonzero()[:, 0].to(S.device)                             # (P,) the tagged classes; every other map would be 0
+    tags, I = torch.ones(1, len(k), device=S.device), to_tensor(image)[None].to(S.device)   # (1,P) (1,3,H,W)
+    if r == 1:
+        strength, least, cam = cfg.strength, 1e-5, refine.localization_maps(S[:, k], tags)   # (1,P,H/8,W/8)
+    else:
+        strength, least, cam = cfg.seg_strength, cfg.least, (Z[:, [0, *(k + 1).tolist()]] / cfg.soften).softmax(1)[:, 1:]
+    walked = refine.affinity_guided(cam, mid, cfg.steps, strength, temperature=cfg.temperature) if cfg.affinity else cam
+    walked = refine.localization_maps(walked, tags, least)
+    guided = refine.self_guided(walked, I, cfg.radius, cfg.eps) if cfg.self_guided else refine.up(walked, I.shape[-2:])
+    lo, hi = (cfg.seg_lo, cfg.seg_hi) if 1 < r <= cfg.rounds else (cfg.lo, cfg.hi)
+    label = refine.pseudo_labels(guided, tags, lo, hi)[0].cpu().numpy()
     index = np.arange(256, dtype=np.uint8)                         # from the P tagged classes back to all K; 0 and 255 stay
     index[1:len(k) + 1] = k.cpu() + 1
-    return {"cam": cam, "affinity": affinity, "self_guided": M}, index[label]
+    return {"cam": cam, "affinity": walked, "self_guided": guided}, index[label]
 
 @torch.no_grad()
 def refine_labels(run):
@@ -263,7 +271,7 @@ def refine_labels(run):
     run.net.eval()
     for i in track(f"round {run.at['round']} refine", range(len(run.voc.ids)), after=run.save_if_due):
         if not run.label_path(i).exists():
-            _, label = stages(run.net, read_image(run.voc.image_paths[i]), run.voc.labels[i], run.cfg, run.at["round"] > 1)
+            _, label = stages(run.net, read_image(run.voc.image_paths[i]), run.voc.labels[i], run.cfg, run.at["round"])
             write(run.label_path(i), partial(palette_image(label).save, format="PNG"))
 
 # ---- update: labels fixed, network changes -----------------------------------------------------------------------------
@@ -282,9 +290,11 @@ def on_signals(handler, _=None):
         signal.signal(signum, handler)
 
 def losses(net, x, y, labels):
-    """L_cls = multi-label soft margin(s, y), L_seg = cross-entropy(Z, labels) without 255, on every fourth pixel.
+    """L_cls = -mean_bk [y log sigmoid(s) + (1 - y) log sigmoid(-s)], multi-label soft margin;  L_seg = mean over the pixels whose label
+    is not 255 of -log softmax(up(Z))_label, on every fourth pixel: the stride-4 grid, whose corners are the image's at sides 16n+1.
 
-    x (B,3,H,W); y (B,K); labels (B,H,W) int64, sides 16n+1, so the strided labels fall on the corners of the stride-4 grid.
+    x (B,3,H,W) in [0,1]; y (B,K) in {0,1}; labels (B,H,W) int64, 0..K or 255. Returns two float32 scalars; L_seg is a constant 0
+    where nothing is labelled. Source: abstract, sentence 8; the losses and their plain sum are our choice.
     """
     out = net(x)
     target = labels[:, ::4, ::4]                                   # (B,(H+3)/4,(W+3)/4)
@@ -294,7 +304,8 @@ def losses(net, x, y, labels):
     return L_cls, F.cross_entropy(refine.up(out.seg.float(), target.shape[-2:]), target, ignore_index=IGNORE)
 
 def update(run):
-    """One phase of minimising L_cls + L_seg: warm-up in round 0 (no labels yet), then `epochs` epochs on the pseudo labels."""
+    """One phase of minimising L_cls + L_seg: warm-up in round 0 (no labels yet), then `epochs` epochs on the pseudo labels. SGD, at step
+    n of the phase's N with lr (1 - n/N)^0.9, ten times that for heads on ImageNet weights. Raises InputError: a loss not finite."""
     cfg, at, net, device = run.cfg, run.at, run.net, torch.device(run.cfg.device)
     size = min(cfg.batch, len(run.voc.ids))
     steps, epochs = len(run.voc.ids) // size, cfg.epochs if at["round"] else cfg.warmup
@@ -304,9 +315,9 @@ def update(run):
         net.backbone.train(cfg.weights == "none")                  # ImageNet's BatchNorm statistics stay: batches are small
         for x, y, labels, index in track(f"round {at['round']} epoch {at['epoch']}", batches(run, size), steps, at["step"],
                                          run.save_if_due, lambda: f"L_cls {values[0]:.3f} L_seg {values[1]:.3f}"):
-            k = (at["epoch"] - first) * steps + at["step"]
+            n, N = (at["epoch"] - first) * steps + at["step"], steps * epochs
             for group in run.opt.param_groups:
-                group["lr"] = cfg.lr * group["scale"] * (1 - k / (steps * epochs)) ** 0.9
+                group["lr"] = cfg.lr * group["scale"] * (1 - n / N) ** 0.9
             x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 L_cls, L_seg = losses(net, x, y.to(device), labels.to(device))
@@ -328,7 +339,8 @@ def update(run):
 def segment(net, image, cfg):
     """argmax_k of the self-guided softmax(Z_k + c_k): (H,W) uint8 of one PIL image. No tags, single scale, mirror averaged. c_0 = 0,
     c_k = log sigmoid(s_k) - max_j log sigmoid(s_j) + favour: the classifier's word on which classes are there stands in for tags, and
-    an IoU of J grows by every pixel of p > J / (1 + J), not 1/2 (after Lipton et al. 2014). Our choices, measured in the README."""
+    an IoU of J grows by every pixel of p > J / (1 + J), not 1/2 (after Lipton et al. 2014). Only classes that lead in some cell of
+    the stride-8 grid compete at full resolution. Our choices, measured in the README."""
     _, s, Z, _ = network_outputs(net, image, cfg)
     present = F.logsigmoid(s)                                      # (1,K)
     Z[:, 1:] += (present - present.amax(1, keepdim=True) + cfg.favour)[:, :, None, None]
@@ -362,7 +374,7 @@ def score_stages(run):
     for i in track("score stages", have, after=run.save_if_due):
         image, y = read_image(run.voc.image_paths[i]), run.voc.labels[i]
         target = run.voc.mask(i, image.size)
-        for name, M in stages(net, image, y, cfg, use_seg=False)[0].items():
+        for name, M in stages(net, image, y, cfg, 1)[0].items():
             maps[name] += confusions(target, refine.up(M, target.shape)[0].cpu(), y.nonzero()[:, 0].numpy(), K, grid)
         for r in labels:
             label = read_mask(run.label_path(i, r), image.size, K)
@@ -375,8 +387,10 @@ def score_stages(run):
 
 def evaluate(run):
     """Score every stage on train and the segmentation head on val; print the table and write results.json."""
-    (maps, labels), seg, names = score_stages(run) or (None, {}), validate(run), ["background", *run.voc.classes]
-    write(run.folder / "results.json", json.dumps({"train": maps, "val": {"seg": seg}, "labels": labels}, indent=1))
+    need(run.at["round"], f"{run.folder}: still in its warm-up; expected a run with labels to score; --resume it first")
+    seg = validate(run) if run.at["round"] > 1 else None           # before, the head is untrained
+    (maps, labels), names = score_stages(run) or (None, {}), ["background", *run.voc.classes]
+    write(run.folder / "results.json", json.dumps({"favour": run.cfg.favour, "train": maps, "labels": labels, "val": {"seg": seg}}, indent=1))
     rows = {f"train {name}": s for name, s in (maps or {}).items()} | {f"labels {r}": s for r, s in labels.items()}
     rows |= {"val seg": seg} if seg else {}
     percent = lambda *values: " ".join("    -" if x is None else f"{100 * x:5.1f}" for x in values)
@@ -396,10 +410,11 @@ def overlay(image, label):
     return Image.blend(image, palette_image(label).convert("RGB"), 0.6)
 
 @torch.no_grad()
-def panel(net, image, y, classes, cfg, use_seg=False, truth=None, width=160):
-    """One row a tagged class: photo | localization map | + affinity | + self-guided | pseudo label | prediction | truth."""
-    maps, label = stages(net.eval(), image, y, cfg, use_seg)
-    labels = {"pseudo label": label, "prediction": segment(net, image, cfg), "ground truth": truth}
+def panel(net, image, y, classes, cfg, r, truth=None, width=160):
+    """One row a tagged class: photo | localization map | + affinity | + self-guided | pseudo label | prediction (after
+    round 1's update) | truth. Columns without a picture are left out."""
+    maps, label = stages(net.eval(), image, y, cfg, r)
+    labels = {"pseudo label": label, "prediction": segment(net, image, cfg) if r > 1 else None, "ground truth": truth}
     titles = {"cam": "localization map", "affinity": "+ affinity", "self_guided": "+ self-guided"}
     height, tagged = max(1, round(width * image.size[1] / image.size[0])), y.nonzero()[:, 0].tolist()
     sheet = Image.new("RGB", (7 * (width + 4), len(tagged) * (height + 18)), "white")
@@ -418,7 +433,7 @@ def draw_panels(run):
     for i in np.linspace(0, len(voc.ids) - 1, min(4, len(voc.ids))).astype(int):
         image = read_image(voc.image_paths[i])
         truth = voc.mask(i, image.size) if run.val and voc.mask_paths[i] else None
-        sheets.append(panel(run.net, image, voc.labels[i], voc.classes, run.cfg, run.at["round"] > 0, truth))
+        sheets.append(panel(run.net, image, voc.labels[i], voc.classes, run.cfg, run.at["round"] + 1, truth))
     write(run.folder / "panels" / f"round{run.at['round']}.png", partial(Image.fromarray(np.concatenate(sheets)).save, format="PNG"))
 
 # ---- the whole method --------------------------------------------------------------------------------------------------
@@ -447,6 +462,8 @@ def train(run):
 # ---- the command line --------------------------------------------------------------------------------------------------
 def segment_photos(state, cfg, photos):
     """NAME.png (palette indices) and NAME_overlay.png in RUN/segmented for each photo, from a run's checkpoint."""
+    need(state["at"]["round"] > 1, f"{cfg.out}: its segmentation head is not trained yet; expected a run past its first round; "
+         "--resume it, or train one with --rounds 1 or more")
     net, names = build(cfg, state["classes"], state).eval(), [Path(photo).stem for photo in photos]
     need(len({name + end for name in names for end in ("", "_overlay")}) == 2 * len(names),
          "--segment: two results of one name; expected photos of different names; rename one")
@@ -483,6 +500,7 @@ def configure(given, folder, stored=None, free=("device", "workers", "out")):
 def command(argv):
     """Do what the command line asks: train, resume, score, or segment photos. Raises InputError; SystemExit when stopped."""
     start, given = time.time(), parse(argv)
+    need("" not in given.values(), "command line: an option's value is empty; expected a path; give one or leave the option out")
     resume, score, photos = (given.pop(name) for name in ("resume", "eval", "segment"))
     need(sum(map(bool, (resume, photos, score, score and "out" in given))) < 2,
          "command line: contradicts itself; expected one of --eval RUN, --out RUN --resume, --out RUN --segment PHOTO; correct it")
@@ -506,8 +524,10 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         return 130
-    except (MemoryError, torch.OutOfMemoryError):
-        print("sgseg: memory is full; expected room for a batch; lower --batch, --crop or --size", file=sys.stderr)
+    except (MemoryError, RuntimeError) as e:                       # torch's own out-of-memory errors are RuntimeErrors
+        if isinstance(e, RuntimeError) and not any(f"{how} memory" in str(e) for how in ("allocate", "out of", "shared", "enough")):
+            raise
+        print("sgseg: memory is full; expected room for a batch; lower --batch, --crop, --size or --workers", file=sys.stderr)
     except (InputError, OSError) as e:
         print(f"sgseg: {e}" if isinstance(e, InputError) else f"sgseg: {e.filename or 'output'}: {e.strerror or e}; expected a file "
               "that can be read or written; mend its path, its permissions or the space", file=sys.stderr)

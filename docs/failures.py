@@ -21,6 +21,8 @@ if __name__ == "__main__":
     cfg, classes = train.configure({}, folder, stored), state["classes"]
     net = train.build(cfg, classes, state).eval()
     val, rows = VOC(kit, "val"), []
+    if unknown := set(ids) - set(val.ids):
+        sys.exit(f"{' '.join(sorted(unknown))}: expected ids of {val.root}/ImageSets/Segmentation/val.txt")
     for i in train.track("failures", [val.ids.index(name) for name in ids] or range(len(val.ids))):
         image = read_image(val.image_paths[i])
         target, label = val.mask(i, image.size), train.segment(net, image, cfg)

@@ -23,11 +23,11 @@ if __name__ == "__main__":
     cfg, classes = train.configure({}, folder, stored), state["classes"]
     net, sheets = train.build(cfg, classes, state), []
     for argument in photos:
-        photo, tags = argument.split("=")
+        photo, _, tags = argument.partition("=")
         if set(tags.split(",")) - set(classes):
             sys.exit(f"{argument}: expected tags among {' '.join(classes)}")
         y = torch.tensor([float(name in tags.split(",")) for name in classes])
-        sheets.append(train.panel(net, read_image(photo), y, classes, cfg, use_seg=cfg.rounds > 0))
+        sheets.append(train.panel(net, read_image(photo), y, classes, cfg, cfg.rounds + 1))
     sheet = Image.fromarray(np.concatenate(sheets))
     sheet.crop((0, 0, sheet.width * 6 // 7, sheet.height)).save(out, optimize=True)   # no ground truth: the last column is empty
     print("written", out)

@@ -108,9 +108,10 @@ def quality(net, cfg, voc, count):
         """C and bands: {threshold: confusion matrix}; fixed: a threshold, or None where there is none."""
         at, band_at = ({t: summary(matrix, voc.classes) for t, matrix in matrices.items()} for matrices in (C, bands))
         on_grid = [t for t in at if round(100 * t) % 5 == 0]
-        t = max(on_grid, key=lambda t: at[t]["core"])
-        trimap_core, there = max(band_at[t]["core"] for t in on_grid), f"{100 * at[fixed]['core']:.1f}" if fixed else "-"
-        print(f"| {name} | {100 * at[t]['core']:.1f} ({t:.2f}) | {100 * at[t]['miou']:.1f} | {there} | {100 * trimap_core:.1f} | "
+        core = lambda s: s["miou"] if s["core"] is None else s["core"]   # outside VOC: mIoU
+        t = max(on_grid, key=lambda t: core(at[t]))
+        trimap_core, there = max(core(band_at[t]) for t in on_grid), f"{100 * core(at[fixed]):.1f}" if fixed else "-"
+        print(f"| {name} | {100 * core(at[t]):.1f} ({t:.2f}) | {100 * at[t]['miou']:.1f} | {there} | {100 * trimap_core:.1f} | "
               f"{np.mean(times) if times else 0:.0f} |")
     for name in names:
         row(name, dict(zip(grid, scores[name])), dict(zip(grid, bands[name])), fixed, ms[name])
@@ -118,7 +119,7 @@ def quality(net, cfg, voc, count):
         row("raw + dense CRF", crf, crf_band, None, crf_ms)
 
 def speed():
-    """Print time and agreement of the guided filter, and the memory that refining a 2048x2048 image takes."""
+    """Print time and agreement of the guided filter: run after `quality`, when the process has its memory, as in training."""
     torch.manual_seed(0)
     noise = F.interpolate(torch.rand(1, 3, 24, 32), (375, 500), mode="bicubic", align_corners=False).clamp(0, 1)
     I, p = (noise + 0.05 * torch.rand(1, 3, 375, 500)).clamp(0, 1), torch.rand(1, 1, 375, 500)
@@ -146,6 +147,9 @@ def speed():
                 inner = np.s_[2 * r:-2 * r, 2 * r:-2 * r]
                 differ.append(f"{abs(a[inner] - b[inner]).max():.0e}")
             print(f"| largest difference away from borders, eps 1e-3, OpenCV given {text} | " + " | ".join(differ) + " |")
+
+def memory():
+    """Print the time and the memory that refining a 2048x2048 image takes; to be called before anything else has used memory."""
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20   # GiB on Linux
     before, start = peak(), time.perf_counter()
     M = refine.affinity_guided(torch.rand(1, 2, 257, 257), torch.rand(1, 24, 257, 257))
@@ -156,7 +160,7 @@ if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     torch.set_grad_enabled(False)
-    speed()
+    memory()
     state, stored = train.load_run(sys.argv[1])
     name = sys.argv[4] if len(sys.argv) > 4 else "warmup.pt"
     voc = VOC(sys.argv[2], "train", stored.difficult)
@@ -164,3 +168,4 @@ if __name__ == "__main__":
     cfg = train.configure({"device": "cpu"}, sys.argv[1], stored)
     net = train.build(cfg, voc.classes, train.load(Path(sys.argv[1]) / name)).eval()
     quality(net, cfg, voc, int(sys.argv[3]) if len(sys.argv) > 3 else 60)
+    speed()

@@ -1,6 +1,7 @@
 """The README's result tables from finished runs: python docs/table.py RUN ...
 
-One run: every stage, every round. Several: the headline figures of each, and their mean and standard deviation.
+One run: every stage, every round. Several: the headline figures of each, and their mean and standard deviation. Outside VOC, where
+there is no core-7, the headline figures are mIoU.
 """
 import json
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-CORE = "background cat cow dog horse person sheep".split()
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from data import CORE
 
 def percent(x):
     """0.1234 -> 12.3; empty for None."""
@@ -19,14 +21,15 @@ def one(folder):
     results = json.loads((folder / "results.json").read_text())
     rows = {f"train, {name}": s for name, s in (results["train"] or {}).items()}
     rows |= {f"train, labels of {name}": s for name, s in results["labels"].items()} | {"val, segmentation head": results["val"]["seg"]}
-    print("| | core-7 | mIoU | peak core-7 (threshold) | mIoU there | " + " | ".join(CORE) + " |\n|" + "---|" * (5 + len(CORE)))
+    columns = sorted(CORE)
+    print("| | core-7 | mIoU | peak core-7 (threshold) | mIoU there | " + " | ".join(columns) + " |\n|" + "---|" * (5 + len(columns)))
     for name, s in rows.items():
         if not s:
             continue
         peak = s.get("peak")
         print(f"| {name} | {percent(s['core'])} | {percent(s['miou'])} | " +
               (f"{percent(peak['core'])} ({peak['threshold']:.2f}) | {percent(peak['miou'])} | " if peak else "| | ") +
-              " | ".join(percent(s["iou"].get(k)) for k in CORE) + " |")
+              " | ".join(percent(s["iou"].get(k)) for k in columns) + " |")
     print("\n| round | val core-7 | val mIoU |\n|---|---|---|")
     for m in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         if "val_core" in m:
@@ -35,11 +38,14 @@ def one(folder):
 def headline(folder):
     """Peak core of the raw and of the refined maps, core of every round's labels, val core after each round, val mIoU."""
     results = json.loads((folder / "results.json").read_text())
-    rounds = [m["val_core"] for m in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "val_core" in m]
-    maps = results["train"]
-    return {"raw maps, peak": maps["cam"]["peak"]["core"], "refined maps, peak": maps["self_guided"]["peak"]["core"],
-            **{f"labels of {name}": s["core"] for name, s in results["labels"].items()},
-            **{f"val after round {n}": x for n, x in enumerate(rounds, 1)}, "val mIoU": results["val"]["seg"]["miou"]}
+    core = lambda s: s["miou"] if s["core"] is None else s["core"]
+    maps = {f"{text} maps, peak": core(results["train"][name]["peak"]) for text, name in (("raw", "cam"), ("refined", "self_guided"))
+            if results["train"]}
+    rounds = [core({"miou": m["val_miou"], "core": m["val_core"]})
+              for m in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "val_core" in m]
+    return {**maps, **{f"labels of {name}": core(s) for name, s in results["labels"].items()},
+            **{f"val after round {n}": x for n, x in enumerate(rounds, 1)},
+            **({"val mIoU": results["val"]["seg"]["miou"]} if results["val"]["seg"] else {})}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
@@ -53,5 +59,5 @@ if __name__ == "__main__":
         print("| core-7 | " + " | ".join(names) + " |\n|" + "---|" * (1 + len(names)))
         for folder, row in zip(folders, rows):
             print(f"| {folder.name} | " + " | ".join(percent(row.get(name)) for name in names) + " |")
-        spread = lambda x: f"{100 * np.mean(x):.1f} ± {100 * np.std(x, ddof=1):.1f}" if len(x) == len(rows) else ""
+        spread = lambda x: f"{100 * np.mean(x):.1f} ± {100 * np.std(x, ddof=1):.1f}" if len(x) == len(rows) and None not in x else ""
         print("| mean ± deviation | " + " | ".join(spread([row[name] for row in rows if name in row]) for name in names) + " |")
