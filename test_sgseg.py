@@ -1,6 +1,6 @@
 """Tests on a toy devkit made in a temporary folder: every function against an oracle, the trainer end to end, and rubbish in.
 
-pytest test_sgseg.py                        everything, about a minute and a half on two cores
+pytest test_sgseg.py                        everything, under two minutes on two cores
 pytest -s -k ten_thousand test_sgseg.py     with the counts of ten thousand mutated files
 """
 import ast
