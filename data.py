@@ -96,8 +96,8 @@ def read_list(path):
 class VOC:
     """One split of a devkit: ids, and for i the image, its tags y (K,) and, for scoring only, its mask.
 
-    path is the folder that holds ImageSets, or the one above VOC2012, or the one above VOCdevkit/VOC2012. image_paths[i] is JPEGImages/ID.jpg,
-    mask_paths[i] in SegmentationClassAug or SegmentationClass, or None where there is none. Raises InputError.
+    path is the folder that holds ImageSets, or the one above VOC2012, or the one above VOCdevkit/VOC2012. image_paths[i] is
+    JPEGImages/ID.jpg, mask_paths[i] in SegmentationClassAug or SegmentationClass, or None where there is none. Raises InputError.
     """
     def __init__(self, path, split, difficult=True):
         roots = [root for root in (Path(path), Path(path) / "VOC2012", Path(path) / "VOCdevkit" / "VOC2012")

@@ -239,8 +239,8 @@ def network_outputs(net, image, cfg):
     return refine.up(S, mid.shape[-2:]), (a.scores + b.scores) / 2, Z, mid
 
 def stages(net, image, y, cfg, r):
-    """Stages 1-4 of round r for one PIL image: {"cam", "affinity", "self_guided"}, the maps M of its P tagged classes after each stage, in [0,1],
-    the first two (1,P,H/8,W/8), the last (1,P,H,W); and its pseudo label (H,W) uint8.
+    """Stages 1-4 of round r for one PIL image: {"cam", "affinity", "self_guided"}, the maps M of its P tagged classes after each
+    stage, in [0,1], the first two (1,P,H/8,W/8), the last (1,P,H,W); and its pseudo label (H,W) uint8.
 
         cam          round 1: M_k = relu(S_k) / max relu(S_k);  later: softmax(Z / soften) over background and the tags
         affinity     cam after the walk over F_mid (--no-affinity: cam), then M_k / max(max M_k, least): the walk lowers peaks
