@@ -133,24 +133,23 @@ def guided_coefficients(p, I, radius, eps):
     if p.shape[-2:] != I.shape[-2:] or radius < 0 or eps <= 0:
         raise ValueError(f"want p {tuple(p.shape)} and I {tuple(I.shape)} of one size, radius >= 0 and eps > 0")
     mI, mp = I.mean((2, 3), keepdim=True), p.mean((2, 3), keepdim=True)
-    I, p = I - mI, p - mp                                          # the filter is affine: centring keeps float32 sums small
-    mu, pm = box_mean(I, radius), box_mean(p, radius)              # (B,3,h,w) (B,K,h,w)
-    def cov(c, x, mean_x):                                         # mean_k(I_c x) - mu_c mean_k(x); one colour: a cache holds it
-        return torch.addcmul(box_mean(I[:, c:c + 1] * x, radius), mu[:, c:c + 1], mean_x, value=-1)
-    s00, s01, s02 = cov(0, I, mu).split(1, 1)                      # Sigma, symmetric, (B,1,h,w) each
-    s11, s12 = cov(1, I[:, 1:], mu[:, 1:]).split(1, 1)
-    s22 = cov(2, I[:, 2:], mu[:, 2:])
-    c0, c1, c2 = (cov(c, p, pm) for c in range(3))                 # the right-hand side, (B,K,h,w) each
+    x = torch.cat([I - mI, p - mp], 1)                             # (B,3+K,h,w); centred, which keeps float32 sums small
+    mean = box_mean(x, radius)                                     # (B,3+K,h,w): mu_k, then mean_k(p)
+    minus = lambda x, y, z: torch.addcmul(x, y, z, value=-1)       # x - y z in one pass over memory
+    cov = lambda c: minus(box_mean(x[:, c:c + 1] * x[:, c:], radius), mean[:, c:c + 1], mean[:, c:])   # of c and all after it
+    s00, s01, s02, c0 = cov(0).tensor_split((1, 2, 3), 1)          # Sigma, symmetric, (B,1,h,w) each,
+    s11, s12, c1 = cov(1).tensor_split((1, 2), 1)                  # and the right-hand side, (B,K,h,w) each
+    s22, c2 = cov(2).tensor_split((1,), 1)
     d0 = (s00 + eps).clamp_min(eps)                                # Sigma + eps U = L diag(d) L^T, L = [1; l10 1; l20 l21 1];
     l10, l20 = s01 / d0, s02 / d0                                  # exact pivots d are never below eps, float32's may be
-    d1 = (s11 + eps - l10 * s01).clamp_min(eps)
-    l21 = (s12 - l10 * s02) / d1
-    d2 = (s22 + eps - l20 * s02 - l21 ** 2 * d1).clamp_min(eps)
-    c1 = c1 - l10 * c0                                             # forward with L, then back with L^T
-    a2 = (c2 - l20 * c0 - l21 * c1) / d2
-    a1 = c1 / d1 - l21 * a2
-    a = [c0 / d0 - l10 * a1 - l20 * a2, a1, a2]                    # (B,K,h,w) each
-    b = affine(a, pm, mu, -1)                                      # (B,K,h,w)
+    d1 = minus(s11 + eps, l10, s01).clamp_min(eps)
+    l21 = minus(s12, l10, s02) / d1
+    d2 = minus(minus(s22 + eps, l20, s02), l21 ** 2, d1).clamp_min(eps)
+    c1 = minus(c1, l10, c0)                                        # forward with L, then back with L^T
+    a2 = minus(minus(c2, l20, c0), l21, c1) / d2
+    a1 = minus(c1 / d1, l21, a2)
+    a = [minus(minus(c0 / d0, l10, a1), l20, a2), a1, a2]          # (B,K,h,w) each
+    b = affine(a, mean[:, 3:], mean[:, :3], -1)                    # (B,K,h,w)
     a, b = [box_mean(m, radius) for m in a], box_mean(b, radius)
     return a, affine(a, b + mp, mI, -1)                            # undo the centring
 
