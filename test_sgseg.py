@@ -416,13 +416,17 @@ def test_the_head_start_may_change_when_segmenting_but_not_when_training_goes_on
     assert objects[0] < objects[1]
     assert train.main(["--out", str(learnt), "--resume", "--favour", "9"]) == 2 and "--favour" in capsys.readouterr().err
 
-def test_rounds_between_the_first_and_the_last_refine_have_their_own_thresholds(monkeypatch):
-    """One class, every value of its map above 0 and at most 1: thresholds 0 label every pixel with it, thresholds 1 none."""
-    S = torch.full((1, 1, 4, 4), 3.0)
-    monkeypatch.setattr(train, "network_outputs", lambda *_: (S, S.mean((2, 3)), torch.zeros(1, 2, 4, 4), torch.rand(1, 3, 4, 4)))
-    cfg = train.Config(lo=0, hi=0, seg_lo=1, seg_hi=1)
-    labels = [train.stages(None, Image.new("RGB", (32, 32)), torch.ones(1), cfg, round)[1] for round in (1, 2, 3, 4)]
-    assert [(label == 1).all() for label in labels] == [True, False, False, True] and not (labels[1] == 1).any()
+def test_thresholds_fall_from_round_two_to_the_last_refine(monkeypatch):
+    """One class, map values 0 to 1: with lo = hi the share labelled with it tells the threshold."""
+    S = torch.linspace(0, 1, 64).view(1, 1, 8, 8)
+    Z = torch.cat([torch.zeros_like(S), 2 * (S / (1 - S).clamp_min(1e-9)).clamp_min(1e-9).log()], 1)   # softmax(Z / 2) = 1 - S, S
+    monkeypatch.setattr(train, "network_outputs", lambda *_: (S, S.mean((2, 3)), Z, torch.rand(1, 3, 8, 8)))
+    def threshold(r, rounds):
+        cfg = train.Config(rounds=rounds, lo=0.2, hi=0.2, seg_lo=0.8, seg_hi=0.8, affinity=False, self_guided=False)
+        label = train.stages(None, Image.new("RGB", (8, 8)), torch.ones(1), cfg, r)[1]
+        return round(float((label == 0).mean()), 1)
+    assert [threshold(r, 3) for r in (1, 2, 3, 4)] == [0.2, 0.8, 0.5, 0.2]
+    assert [threshold(r, 1) for r in (1, 2)] == [0.2, 0.2]
 
 def test_later_rounds_refine_the_softened_head_stretched_within_a_bound(monkeypatch):
     """Z = (0, z, 9) everywhere, class 2 not tagged: cam = 1 / (1 + exp(-z / 2)), then cam / max(cam, 0.3); a constant map walks nowhere."""

@@ -63,8 +63,8 @@ class Config:
     least: float = option(0.3, "softened probabilities are stretched to a maximum of 1, by at most 1/least (tuned)", least=1e-5)
     lo: float = option(0.35, "round 1 and last refine: background where every map stays below (tuned; ToCo: 0.25)", toy=0.45, least=0)
     hi: float = option(0.50, "round 1 and last refine: a class where its map passes (tuned; not a wider band, on val: README; ToCo: 0.7)", toy=0.60, least=0)
-    seg_lo: float = option(0.45, "rounds 2 to --rounds: as --lo; purer labels train better (tuned)", least=0)
-    seg_hi: float = option(0.60, "rounds 2 to --rounds: as --hi (tuned)", least=0)
+    seg_lo: float = option(0.45, "round 2: as --lo, then falling evenly to it; first purer, then fuller labels (tuned)", least=0)
+    seg_hi: float = option(0.60, "round 2: as --hi, then falling evenly to it (tuned)", least=0)
     favour: float = option(0.75, "objects' head start in logits when segmenting (tuned; --eval, --segment may change it)", toy=0.0, least=0)
     difficult: bool = option(True, "count objects marked <difficult> as tags (as the field's train_aug tags do)")
     supervised: bool = option(False, "train on the true masks: the upper bound, for measuring only")
@@ -247,8 +247,9 @@ def stages(net, image, y, cfg, r):
         self_guided  the filter's output (--no-self-guided: affinity, upsampled)
 
     Softened, because the head is over-sure of what it learnt; stretched by at most 1/least, so that small classes do not vanish from
-    round to round and wrong ones do not fill the picture. Round rounds + 1 is the last refine: nothing trains on its labels,
-    and lower thresholds make them more complete (our choices, measured in the README)."""
+    round to round and wrong ones do not fill the picture. Thresholds: lo, hi in round 1; seg_lo, seg_hi in round 2, falling evenly to
+    lo, hi in the last refine, round rounds + 1: a head trained on pure labels says background ever more often, and lower
+    thresholds keep them complete (our choices, measured in the README)."""
     S, _, Z, mid = network_outputs(net, image, cfg)
     k = y.nonzero()[:, 0].to(S.device)                             # (P,) the tagged classes; every other map would be 0
     tags, I = torch.ones(1, len(k), device=S.device), to_tensor(image)[None].to(S.device)   # (1,P) (1,3,H,W)
@@ -259,8 +260,8 @@ def stages(net, image, y, cfg, r):
     walked = refine.affinity_guided(cam, mid, cfg.steps, strength, temperature=cfg.temperature) if cfg.affinity else cam
     walked = refine.localization_maps(walked, tags, least)
     guided = refine.self_guided(walked, I, cfg.radius, cfg.eps) if cfg.self_guided else refine.up(walked, I.shape[-2:])
-    lo, hi = (cfg.seg_lo, cfg.seg_hi) if 1 < r <= cfg.rounds else (cfg.lo, cfg.hi)
-    label = refine.pseudo_labels(guided, tags, lo, hi)[0].cpu().numpy()
+    fall = lambda start, end: end if r == 1 else np.interp(r, (2, cfg.rounds + 1), (start, end))
+    label = refine.pseudo_labels(guided, tags, fall(cfg.seg_lo, cfg.lo), fall(cfg.seg_hi, cfg.hi))[0].cpu().numpy()
     index = np.arange(256, dtype=np.uint8)                         # from the P tagged classes back to all K; 0 and 255 stay
     index[1:len(k) + 1] = k.cpu() + 1
     return {"cam": cam, "affinity": walked, "self_guided": guided}, index[label]
