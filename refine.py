@@ -132,8 +132,9 @@ def guided_coefficients(p, I, radius, eps):
     """
     if p.shape[-2:] != I.shape[-2:] or radius < 0 or eps <= 0:
         raise ValueError(f"want p {tuple(p.shape)} and I {tuple(I.shape)} of one size, radius >= 0 and eps > 0")
-    mI, mp = I.mean((2, 3), keepdim=True), p.mean((2, 3), keepdim=True)
-    x = torch.cat([I - mI, p - mp], 1)                             # (B,3+K,h,w); centred, which keeps float32 sums small
+    x = torch.cat([I, p], 1)                                       # (B,3+K,h,w)
+    centre = x.mean((2, 3), keepdim=True)                          # (B,3+K,1,1)
+    x = x - centre                                                 # the filter is affine: centring keeps float32 sums small
     mean = box_mean(x, radius)                                     # (B,3+K,h,w): mu_k, then mean_k(p)
     minus = lambda x, y, z: torch.addcmul(x, y, z, value=-1)       # x - y z in one pass over memory
     cov = lambda c: minus(box_mean(x[:, c:c + 1] * x[:, c:], radius), mean[:, c:c + 1], mean[:, c:])   # of c and all after it
@@ -151,7 +152,7 @@ def guided_coefficients(p, I, radius, eps):
     a = [minus(minus(c0 / d0, l10, a1), l20, a2), a1, a2]          # (B,K,h,w) each
     b = affine(a, mean[:, 3:], mean[:, :3], -1)                    # (B,K,h,w)
     a, b = [box_mean(m, radius) for m in a], box_mean(b, radius)
-    return a, affine(a, b + mp, mI, -1)                            # undo the centring
+    return a, affine(a, b + centre[:, 3:], centre[:, :3], -1)      # undo the centring
 
 def guided_filter(p, I, radius, eps):
     """q_i = mean(a)_i . I_i + mean(b)_i: He, Sun & Tang's guided filter; p (B,K,H,W), I (B,3,H,W) in [0,1] on one grid.
