@@ -128,10 +128,11 @@ def guided_coefficients(p, I, radius, eps):
 
     p (B,K,h,w) float32, the maps; I (B,3,h,w) in [0,1], the guidance image; Sigma_k, mu_k the 3x3 covariance and mean of I
     in omega_k; U the identity. Returns mean(a), (B,K,h,w) for each colour, and mean(b) (B,K,h,w), over the windows that hold a pixel.
-    Source: He, Sun & Tang, Guided Image Filtering, ECCV 2010, eqs. 14-16. Raises ValueError: sizes differ, radius < 0, eps <= 0.
+    Source: He, Sun & Tang, Guided Image Filtering, ECCV 2010, eqs. 14-16. Raises ValueError: sizes differ, I not of 3 colours, radius < 0,
+    eps <= 0.
     """
-    if p.shape[-2:] != I.shape[-2:] or radius < 0 or eps <= 0:
-        raise ValueError(f"want p {tuple(p.shape)} and I {tuple(I.shape)} of one size, radius >= 0 and eps > 0")
+    if p.shape[-2:] != I.shape[-2:] or I.shape[1] != 3 or radius < 0 or eps <= 0:
+        raise ValueError(f"want p {tuple(p.shape)} and I {tuple(I.shape)} of one size, I of 3 colours, radius >= 0 and eps > 0")
     x = torch.cat([I, p], 1)                                       # (B,3+K,h,w)
     centre = x.mean((2, 3), keepdim=True)                          # (B,3+K,1,1)
     x = x - centre                                                 # the filter is affine: centring keeps float32 sums small

@@ -145,8 +145,11 @@ def test_guided_filter_transfers_an_edge_and_is_exact_for_affine_maps():
     p = (I * torch.tensor([0.2, 0.5, 0.1]).view(1, 3, 1, 1)).sum(1, keepdim=True) + 0.1
     assert torch.allclose(refine.guided_filter(p, I, 4, 1e-8), p, atol=1e-3)
     assert not refine.self_guided(torch.zeros(1, 2, 3, 3), I, 4, 1e-3).any()
-    with pytest.raises(ValueError):
-        refine.guided_filter(p[..., :5], I, 4, 1e-3)
+    both = refine.guided_filter(torch.cat([maps, maps ** 2])[..., :16, :16], torch.cat([I, I.flip(3)]), 4, 1e-3)   # a batch
+    assert torch.allclose(both[1:], refine.guided_filter(maps[..., :16, :16] ** 2, I.flip(3), 4, 1e-3), atol=1e-5)
+    for map, image in ((p[..., :5], I), (p, I[:, :1])):            # two sizes; a grey image
+        with pytest.raises(ValueError):
+            refine.guided_filter(map, image, 4, 1e-3)
 
 def test_pseudo_labels_by_hand():
     maps = torch.tensor([[[[.9, .4, .1], [.5, .6, .0], [.2, .3, .8]],
@@ -417,16 +420,16 @@ def test_the_head_start_may_change_when_segmenting_but_not_when_training_goes_on
     assert train.main(["--out", str(learnt), "--resume", "--favour", "9"]) == 2 and "--favour" in capsys.readouterr().err
 
 def test_thresholds_fall_from_round_two_to_the_last_refine(monkeypatch):
-    """One class, map values 0 to 1: with lo = hi the share labelled with it tells the threshold."""
+    """One class, map values spread evenly over 0 to 1: the share of background tells lo, that of the class 1 - hi."""
     S = torch.linspace(0, 1, 64).view(1, 1, 8, 8)
     Z = torch.cat([torch.zeros_like(S), 2 * (S / (1 - S).clamp_min(1e-9)).clamp_min(1e-9).log()], 1)   # softmax(Z / 2) = 1 - S, S
     monkeypatch.setattr(train, "network_outputs", lambda *_: (S, S.mean((2, 3)), Z, torch.rand(1, 3, 8, 8)))
     def threshold(r, rounds):
-        cfg = train.Config(rounds=rounds, lo=0.2, hi=0.2, seg_lo=0.8, seg_hi=0.8, affinity=False, self_guided=False)
+        cfg = train.Config(rounds=rounds, lo=0.2, hi=0.3, seg_lo=0.8, seg_hi=0.9, affinity=False, self_guided=False)
         label = train.stages(None, Image.new("RGB", (8, 8)), torch.ones(1), cfg, r)[1]
-        return round(float((label == 0).mean()), 1)
-    assert [threshold(r, 3) for r in (1, 2, 3, 4)] == [0.2, 0.8, 0.5, 0.2]
-    assert [threshold(r, 1) for r in (1, 2)] == [0.2, 0.2]
+        return round(float((label == 0).mean()), 1), round(1 - float((label == 1).mean()), 1)
+    assert [threshold(r, 3) for r in (1, 2, 3, 4)] == [(0.2, 0.3), (0.8, 0.9), (0.5, 0.6), (0.2, 0.3)]
+    assert [threshold(r, 1) for r in (1, 2)] == [(0.2, 0.3)] * 2
 
 def test_later_rounds_refine_the_softened_head_stretched_within_a_bound(monkeypatch):
     """Z = (0, z, 9) everywhere, class 2 not tagged: cam = 1 / (1 + exp(-z / 2)), then cam / max(cam, 0.3); a constant map walks nowhere."""

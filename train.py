@@ -63,8 +63,8 @@ class Config:
     least: float = option(0.3, "softened probabilities are stretched to a maximum of 1, by at most 1/least (tuned)", least=1e-5)
     lo: float = option(0.35, "round 1 and last refine: background where every map stays below (tuned; ToCo: 0.25)", toy=0.45, least=0)
     hi: float = option(0.50, "round 1 and last refine: a class where its map passes (tuned; not a wider band, on val: README; ToCo: 0.7)", toy=0.60, least=0)
-    seg_lo: float = option(0.45, "round 2: as --lo, then falling evenly to it; first purer, then fuller labels (tuned)", least=0)
-    seg_hi: float = option(0.60, "round 2: as --hi, then falling evenly to it (tuned)", least=0)
+    seg_lo: float = option(0.45, "round 2, below --rounds 2 unused: as --lo, then falling evenly to it; first purer, then fuller labels (tuned)", least=0)
+    seg_hi: float = option(0.60, "round 2, below --rounds 2 unused: as --hi, then falling evenly to it (tuned)", least=0)
     favour: float = option(0.75, "objects' head start in logits when segmenting (tuned; --eval, --segment may change it)", toy=0.0, least=0)
     difficult: bool = option(True, "count objects marked <difficult> as tags (as the field's train_aug tags do)")
     supervised: bool = option(False, "train on the true masks: the upper bound, for measuring only")
@@ -248,8 +248,8 @@ def stages(net, image, y, cfg, r):
 
     Softened, because the head is over-sure of what it learnt; stretched by at most 1/least, so that small classes do not vanish from
     round to round and wrong ones do not fill the picture. Thresholds: lo, hi in round 1; seg_lo, seg_hi in round 2, falling evenly to
-    lo, hi in the last refine, round rounds + 1: a head trained on pure labels says background ever more often, and lower
-    thresholds keep them complete (our choices, measured in the README)."""
+    lo, hi in the last refine, round rounds + 1 (were that round 2, lo, hi too): a head trained on pure labels says background ever
+    more often, and lower thresholds keep the labels complete (our choices, measured in the README)."""
     S, _, Z, mid = network_outputs(net, image, cfg)
     k = y.nonzero()[:, 0].to(S.device)                             # (P,) the tagged classes; every other map would be 0
     tags, I = torch.ones(1, len(k), device=S.device), to_tensor(image)[None].to(S.device)   # (1,P) (1,3,H,W)
