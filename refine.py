@@ -128,8 +128,8 @@ def guided_coefficients(p, I, radius, eps):
 
     p (B,K,h,w) float32, the maps; I (B,3,h,w) in [0,1], the guidance image; Sigma_k, mu_k the 3x3 covariance and mean of I
     in omega_k; U the identity. Returns mean(a), (B,K,h,w) for each colour, and mean(b) (B,K,h,w), over the windows that hold a pixel.
-    Source: He, Sun & Tang, Guided Image Filtering, ECCV 2010, eqs. 14-16. Raises ValueError: sizes differ, I not of 3 colours, radius < 0,
-    eps <= 0.
+    Source: He, Sun & Tang, Guided Image Filtering, ECCV 2010, eqs. 14-16. Raises ValueError: sizes differ, I has not 3 colours, radius < 0
+    or eps <= 0.
     """
     if p.shape[-2:] != I.shape[-2:] or I.shape[1] != 3 or radius < 0 or eps <= 0:
         raise ValueError(f"want p {tuple(p.shape)} and I {tuple(I.shape)} of one size, I of 3 colours, radius >= 0 and eps > 0")
@@ -137,8 +137,8 @@ def guided_coefficients(p, I, radius, eps):
     centre = x.mean((2, 3), keepdim=True)                          # (B,3+K,1,1)
     x = x - centre                                                 # the filter is affine: centring keeps float32 sums small
     mean = box_mean(x, radius)                                     # (B,3+K,h,w): mu_k, then mean_k(p)
-    minus = lambda x, y, z: torch.addcmul(x, y, z, value=-1)       # x - y z in one pass over memory
-    cov = lambda c: minus(box_mean(x[:, c:c + 1] * x[:, c:], radius), mean[:, c:c + 1], mean[:, c:])   # of c and all after it
+    minus = lambda u, v, w: torch.addcmul(u, v, w, value=-1)       # u - v w in one pass over memory
+    cov = lambda c: minus(box_mean(x[:, c:c + 1] * x[:, c:], radius), mean[:, c:c + 1], mean[:, c:])   # of channel c with c, c + 1, ...
     s00, s01, s02, c0 = cov(0).tensor_split((1, 2, 3), 1)          # Sigma, symmetric, (B,1,h,w) each,
     s11, s12, c1 = cov(1).tensor_split((1, 2), 1)                  # and the right-hand side, (B,K,h,w) each
     s22, c2 = cov(2).tensor_split((1,), 1)

@@ -147,9 +147,9 @@ def test_guided_filter_transfers_an_edge_and_is_exact_for_affine_maps():
     assert not refine.self_guided(torch.zeros(1, 2, 3, 3), I, 4, 1e-3).any()
     both = refine.guided_filter(torch.cat([maps, maps ** 2])[..., :16, :16], torch.cat([I, I.flip(3)]), 4, 1e-3)   # a batch
     assert torch.allclose(both[1:], refine.guided_filter(maps[..., :16, :16] ** 2, I.flip(3), 4, 1e-3), atol=1e-5)
-    for map, image in ((p[..., :5], I), (p, I[:, :1])):            # two sizes; a grey image
+    for wrong, image in ((p[..., :5], I), (p, I[:, :1])):          # two sizes; a grey image
         with pytest.raises(ValueError):
-            refine.guided_filter(map, image, 4, 1e-3)
+            refine.guided_filter(wrong, image, 4, 1e-3)
 
 def test_pseudo_labels_by_hand():
     maps = torch.tensor([[[[.9, .4, .1], [.5, .6, .0], [.2, .3, .8]],

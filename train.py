@@ -260,7 +260,7 @@ def stages(net, image, y, cfg, r):
     walked = refine.affinity_guided(cam, mid, cfg.steps, strength, temperature=cfg.temperature) if cfg.affinity else cam
     walked = refine.localization_maps(walked, tags, least)
     guided = refine.self_guided(walked, I, cfg.radius, cfg.eps) if cfg.self_guided else refine.up(walked, I.shape[-2:])
-    fall = lambda start, end: end if r == 1 else np.interp(r, (2, cfg.rounds + 1), (start, end))
+    fall = lambda start, end: end if r in (1, cfg.rounds + 1) else np.interp(r, (2, cfg.rounds + 1), (start, end))
     label = refine.pseudo_labels(guided, tags, fall(cfg.seg_lo, cfg.lo), fall(cfg.seg_hi, cfg.hi))[0].cpu().numpy()
     index = np.arange(256, dtype=np.uint8)                         # from the P tagged classes back to all K; 0 and 255 stay
     index[1:len(k) + 1] = k.cpu() + 1

@@ -16,11 +16,15 @@ def percent(x):
     """0.1234 -> 12.3; empty for None."""
     return "" if x is None else f"{100 * x:.1f}"
 
+def labels(results):
+    """{"labels of round 1": their summary, ...}"""
+    return {f"labels of round {name.removeprefix('round')}": s for name, s in results["labels"].items()}
+
 def one(folder):
     """Print the table of stages and the table of rounds of one run."""
     results = json.loads((folder / "results.json").read_text())
     rows = {f"train, {name}": s for name, s in (results["train"] or {}).items()}
-    rows |= {f"train, labels of {name.replace('round', 'round ')}": s for name, s in results["labels"].items()} | {"val, segmentation head": results["val"]["seg"]}
+    rows |= {f"train, {name}": s for name, s in labels(results).items()} | {"val, segmentation head": results["val"]["seg"]}
     columns = sorted(CORE)
     print("| | core-7 | mIoU | peak core-7 (threshold) | mIoU there | " + " | ".join(columns) + " |\n|" + "---|" * (5 + len(columns)))
     for name, s in rows.items():
@@ -43,7 +47,7 @@ def headline(folder):
             if results["train"]}
     rounds = [core({"miou": m["val_miou"], "core": m["val_core"]})
               for m in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "val_core" in m]
-    return {**maps, **{f"labels of {name.replace('round', 'round ')}": core(s) for name, s in results["labels"].items()},
+    return {**maps, **{name: core(s) for name, s in labels(results).items()},
             **{f"val after round {n}": x for n, x in enumerate(rounds, 1)},
             **({"val mIoU": results["val"]["seg"]["miou"]} if results["val"]["seg"] else {})}
 
