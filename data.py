@@ -1,242 +1,554 @@
-"""PASCAL VOC as it is distributed: image tags for training, masks for scoring only; a toy set in the same layout; mIoU.
+"""PASCAL VOC as it is distributed: tags for training, masks for scoring only; a toy set in the same
+layout; mIoU; pictures.
 
-Training reads JPEGImages, Annotations and ImageSets; SegmentationClass* is for scoring, and for `--supervised`, the upper bound.
-A folder with other classes than VOC's twenty names them in a file classes.txt, one a line, beside ImageSets.
+Training reads JPEGImages, Annotations and ImageSets; SegmentationClass* is for scoring, and for
+`--supervised`, the upper bound. Other classes than VOC's twenty are named in classes.txt, one a
+line.
 """
+
+import io
+import os
+import re
+import shutil
+import sys
+import time
+import warnings
 import xml.etree.ElementTree as ET
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from refine import IGNORE
 
-VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
-               "pottedplant sheep sofa train tvmonitor").split()
-CORE = {"background", "cat", "cow", "dog", "horse", "person", "sheep"}   # the classes our VOC subset was drawn for
+VOC_CLASSES = (
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+    "person pottedplant sheep sofa train tvmonitor"
+).split()
+CORE = {"background", "cat", "cow", "dog", "horse", "person", "sheep"}  # of our first VOC subset
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # JPEG: also MPO, the two-picture files of phones
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+Image.MAX_IMAGE_PIXELS = None  # `decoded` has a limit of its own, and says so itself
+
+
+# ---- errors, files, words ------------------------------------------------------------------------
+
 
 class InputError(Exception):
-    """The one error a user can cause: 'file: what is wrong; expected what; fix'. train.py prints it and exits with 2."""
-    def __init__(self, message):
-        super().__init__(" ".join(message.split("InputError: ")[-1].split()))   # one line, without a loader process's traceback
+    """The one error a user can cause: 'file: what is wrong; expected what; fix', one line a
+    fault."""
 
-def need(ok, message):
-    """Raise InputError(message) unless ok."""
+    def __init__(self, *faults):
+        own = [fault.split("InputError: ")[-1] for fault in faults]  # without a worker's traceback
+        super().__init__("\n".join(" ".join(fault.split()) for fault in own))
+
+
+def need(ok, fault):
+    """Raise InputError(fault) unless ok."""
     if not ok:
-        raise InputError(message)
+        raise InputError(fault)
+
 
 @contextmanager
-def refusing(what, expected):
-    """Whatever a parser, decoder, disk or network raises inside, of a dozen types, becomes InputError('what (reason); expected')."""
+def refusing(what, fix):
+    """Whatever a parser, decoder, disk or network raises inside becomes InputError('what; fix')."""
     try:
         yield
+    except (InputError, MemoryError):
+        raise
     except Exception as e:
-        raise e if isinstance(e, (InputError, MemoryError)) else InputError(f"{what} ({type(e).__name__}: {str(e)[:120]}); {expected}")
+        raise InputError(f"{what} ({type(e).__name__}: {str(e)[:120]}); {fix}") from None
 
-# ---- files -> arrays ---------------------------------------------------------------------------------------------------
+
+def read(path, limit=2**28):
+    """The bytes of a regular file of at most `limit`: every file is read here. Raises
+    InputError."""
+    path = Path(path)
+    with refusing(f"{path}: cannot be read", "expected a file that may be read; mend it"):
+        need(path.exists(), f"{path}: no such file; expected one; add it or correct the path")
+        size = path.stat().st_size if path.is_file() else limit + 1
+        need(size <= limit, f"{path}: not a regular file of at most {limit} bytes; replace it")
+        return path.read_bytes()
+
+
+def read_text(path):
+    """The text of a UTF-8 file, with or without a byte order mark. Raises InputError."""
+    with refusing(f"{path}: is not UTF-8", "expected plain text; save it as UTF-8"):
+        return read(path).decode("utf-8-sig")
+
+
+def load(path):
+    """The dict in a checkpoint or weights file, as data: no pickled code ever runs, and the
+    file's own checksums must hold. Raises InputError."""
+    content = io.BytesIO(read(path, limit=2**33))
+    with refusing(f"{path}: not a torch file, or damaged", "expected a whole one; give another"):
+        if zipfile.is_zipfile(content):
+            bad = zipfile.ZipFile(content).testzip()
+            need(bad is None, f"{path}: damaged, wrong checksum of {bad}; give another")
+        content.seek(0)
+        return dict(torch.load(content, map_location="cpu", weights_only=True))
+
+
+def finite(state, source):
+    """A state dict as it is, if all its numbers are finite. Raises InputError."""
+    for name, value in state.items():
+        need(value.isfinite().all(), f"{source}: {name} is not finite; expected numbers; mend it")
+    return state
+
+
+def write(path, content):
+    """Text, bytes, a picture (as PNG) or a dict (as `load` reads it) to path: temporary file,
+    fsync, rename: path is always the old or the new whole. Every file is written here. Raises
+    InputError."""
+    buffer = io.BytesIO()
+    if isinstance(content, Image.Image):
+        content.save(buffer, "PNG")
+    elif isinstance(content, dict):
+        torch.save(content, buffer)
+    else:
+        buffer.write(content.encode() if isinstance(content, str) else content)
+    temporary = Path(f"{path}.tmp")
+    with refusing(f"{path}: cannot be written", "expected a writable folder with space; make room"):
+        try:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as f:
+                f.write(buffer.getvalue())
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def say(text, end="\n", stream=None):
+    """Print; nothing about printing ends a run: closed, full, an encoding without the letters."""
+    stream = stream or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "ascii"
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), end=end, file=stream, flush=True)
+    except OSError:  # a pipe that nobody reads, a full disk: from now on into the void
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except ValueError:
+        pass
+
+
+def track(name, items, note=None):
+    """Yield items; progress and the numbers in the dict `note` on one line of a terminal, or
+    every 30 seconds and at the end elsewhere."""
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns - 1
+    start = time.time()
+    shown = start
+    for n, item in enumerate(items, 1):
+        yield item
+        now = time.time()
+        last = n == len(items)
+        if last or now - shown > (0.2 if terminal else 30):
+            shown = now
+            rate = n / max(now - start, 1e-9)
+            left = f"{now - start:.1f} s" if last else f"{(len(items) - n) / rate:.0f} s left"
+            numbers = "  ".join(f"{key} {value:.3f}" for key, value in (note or {}).items())
+            line = f"{name} {n}/{len(items)}  {rate:.1f}/s  {left}  {numbers}".rstrip()
+            line = f"\r{line[:width]:<{width}}" if terminal else line
+            say(line, end="" if terminal and not last else "\n")
+
+
+# ---- photos, masks, tags, lists ------------------------------------------------------------------
+
+
 def decoded(path, convert):
     """convert(PIL image in path). Raises InputError."""
-    with (refusing(f"{path}: cannot be read as an image", "expected a whole JPEG or PNG; replace it or unlist its id"),
-          Image.open(path, formats=("JPEG", "PNG")) as image):
-        need(min(image.size) >= 16 and image.width * image.height <= 64_000_000,
-             f"{path}: {image.size} pixels; expected 16 or more a side and at most 64 million; resize it or unlist its id")
-        return convert(image)
+    content = io.BytesIO(read(path))
+    fix = f"expected a whole image ({', '.join(FORMATS)}); replace it"
+    with warnings.catch_warnings(), refusing(f"{path}: cannot be read as an image", fix):
+        warnings.simplefilter("ignore")  # Pillow's: one fault, one line, and that is ours
+        with Image.open(content, formats=FORMATS) as image:
+            small = min(image.size) < 16 or image.width * image.height > 64_000_000
+            fault = f"{path}: {image.size} pixels; expected 16 or more a side, at most 64 million"
+            need(not small, f"{fault}; resize it")
+            return convert(image)
 
-def read_image(path):
-    """RGB PIL image, upright (EXIF), from grey, CMYK, palette, RGBA or 16-bit files too. Raises InputError."""
-    image = decoded(path, ImageOps.exif_transpose)
-    if image.mode.startswith("I"):                                 # 16-bit grey: keep the upper byte
-        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+
+def read_image(image):
+    """RGB PIL image, upright (EXIF), of a path, a PIL image or an (H,W,3) uint8 array; grey,
+    CMYK, palette, RGBA and 16-bit files too. Raises InputError for a file, ValueError for
+    another array."""
+    if isinstance(image, (str, Path)):
+        image = decoded(image, ImageOps.exif_transpose)
+    elif not isinstance(image, Image.Image):
+        array = np.asarray(image)
+        if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+            raise ValueError(f"want an (H,W,3) uint8 RGB array, got {array.shape} {array.dtype}")
+        image = Image.fromarray(array)
+    if image.mode.startswith("I"):  # 16-bit grey: keep the upper byte
+        upper = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        image = Image.fromarray(upper.astype(np.uint8))
     return image.convert("RGB")
 
-def upright_size(path):
-    """(W,H) after EXIF rotation, from the header; a JPEG without its end marker is decoded to see. Raises InputError."""
-    def convert(image):
-        if image.format == "JPEG" and b"\xff\xd9" not in Path(path).read_bytes()[-4096:]:
-            image.load()
-        return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
-    return decoded(path, convert)
 
-def read_mask(path, size, num_classes):
-    """Palette or grey PNG -> (H,W) uint8 with 0..num_classes and 255. size is the image's (W,H). Raises InputError."""
+def read_mask(path, num_classes, size=None):
+    """Palette or grey PNG -> (H,W) uint8 with 0..num_classes and 255. size: the image's (W,H),
+    if it is to be compared. Raises InputError."""
     mode, mask = decoded(path, lambda image: (image.mode, np.array(image)))
-    need(mode in ("P", "L") and mask.shape[::-1] == size,
-         f"{path}: mode {mode}, {mask.shape[1::-1]} pixels; expected an indexed PNG of its image's {size}; re-export it")
+    found = f"{path}: mode {mode}, {mask.shape[1::-1]} pixels"
+    fix = f"expected an indexed PNG of its image's {size or 'size'}; re-export it"
+    need(mode in ("P", "L") and size in (None, mask.shape[::-1]), f"{found}; {fix}")
     wrong = mask[(mask > num_classes) & (mask != IGNORE)]
-    need(not wrong.size, f"{path}: index {wrong[:1]}; expected 0..{num_classes} or 255; re-export it with this class list")
+    fix = f"expected 0..{num_classes} or 255; re-export it with this class list"
+    need(not wrong.size, f"{path}: index {wrong[:1]}; {fix}")
     return mask
 
-def read_tags(path, classes, difficult=True):
-    """Set of class names in a VOC annotation: `object/name` directly, never an object's parts; without difficult, not objects
-    marked <difficult>1. Raises InputError, also on a DOCTYPE: VOC has none, and entity bombs need one."""
-    with refusing(f"{path}: no VOC annotation", "expected <annotation><object><name>; write it or unlist its id"):
-        text = Path(path).read_bytes()
-        need(b"<!" not in text.replace(b"<!--", b"") and b"\0" not in text and len(text) <= 1_000_000,
-             f"{path}: it holds a DOCTYPE, a NUL or a megabyte; expected plain XML; write it or unlist its id")
+
+def read_tags(path, classes):
+    """Set of class names in a VOC annotation: `object/name` directly, never an object's parts.
+    Raises InputError, also on a DOCTYPE: VOC has none, entity bombs need one."""
+    text = read_text(path)
+    fix = "expected <annotation><object><name>; save it as UTF-8 XML"
+    harmless = "<!DOCTYPE" not in text and len(text) <= 1_000_000
+    need(harmless, f"{path}: has a DOCTYPE or a megabyte; {fix}")
+    with refusing(f"{path}: not XML", fix):
         objects = ET.fromstring(text).findall("object")
-    tags = {(o.findtext("name") or "").strip() for o in objects if difficult or (o.findtext("difficult") or "0").strip() != "1"}
-    need(tags and tags <= set(classes), f"{path}: tagged {' '.join(sorted(tags - set(classes)))[:60] or 'nothing'}; expected one or "
-         f"more <object>{'' if difficult else ', not difficult,'} named {' '.join(classes)}; mend it, edit classes.txt, or unlist its id")
+    tags = {(o.findtext("name") or "").strip() for o in objects}
+    unknown = " ".join(sorted(tags - set(classes)))[:60] or "with an empty name"
+    fix = f"expected names among {' '.join(classes)}; mend it, or edit classes.txt"
+    need(tags <= set(classes), f"{path}: tagged {unknown}; {fix}")
     return tags
 
+
 def read_list(path):
-    """Image ids, one a line; CRLF, blank lines and the -1/0/1 column of ImageSets/Main are understood (-1 is left out)."""
-    with refusing(f"{path}: cannot be read", "expected a text file with one image id a line; write it"):
-        lines = [line.split() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    for parts in lines:
-        need(parts[1:] in ([], ["-1"], ["0"], ["1"]) and not any(bad in parts[0] for bad in ("/", "..", "\0")),
-             f"{path}: line {' '.join(parts)[:60]!r}; expected an id and perhaps -1, 0 or 1; mend the line")
-    ids = list(dict.fromkeys(parts[0] for parts in lines if parts[1:] != ["-1"]))
+    """Image ids, one a line. Understood: CRLF, blank lines, the -1/0/1 column of ImageSets/Main
+    (-1 is left out), ids with their ending, and pairs of paths, photo and mask. Raises
+    InputError."""
+    ids = []
+    for line in read_text(path).splitlines():
+        first, *rest = line.split() or [""]
+        plain = rest in ([], ["-1"], ["0"], ["1"]) or rest[0].lower().endswith(".png")
+        need(plain, f"{path}: line {line[:60]!r}; expected an id and perhaps -1, 0 or 1; mend it")
+        if first and rest != ["-1"]:
+            name = Path(first).name
+            ids.append(Path(name).stem if Path(name).suffix.lower() in ENDINGS else name)
     need(ids, f"{path}: lists no image; expected one id a line; fill it")
-    return ids
+    return list(dict.fromkeys(ids))
 
-# ---- the devkit --------------------------------------------------------------------------------------------------------
+
+def read_classes(path):
+    """The class names in classes.txt, one a line, without the background, which is index 0 by
+    itself. Raises InputError."""
+    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    different = 0 < len(set(names)) == len(names) < 255
+    need(different, f"{path}: {len(names)} names; expected 1 to 254 different ones; mend it")
+    for name in names:
+        plain = re.sub("[^a-z]", "", name.lower()) in ("background", "ignore", "void", "unlabeled")
+        fault = f"{path}: lists {name}; 0 is the background by itself, 255 undecided"
+        need(not plain, f"{fault}; remove the line")
+    return names
+
+
+# ---- the devkit ----------------------------------------------------------------------------------
+
+
 class VOC:
-    """One split of a devkit: ids, and for i the image, its tags y (K,) and, for scoring only, its mask.
+    """One split of a devkit: ids, and for i the photo, its tags y (K,) and, for scoring only, its
+    mask.
 
-    path is the folder that holds ImageSets, or the one above VOC2012, or the one above VOCdevkit/VOC2012. image_paths[i] is
-    JPEGImages/ID.jpg, mask_paths[i] in SegmentationClassAug or SegmentationClass, or None where there is none. Raises InputError.
+    path is the folder that holds ImageSets, or the one above VOC2012 or VOCdevkit/VOC2012.
+    image_paths[i] is JPEGImages/ID.jpg (or another ending), mask_paths[i] in SegmentationClassAug
+    or SegmentationClass, None where there is none. tags (n,K) float32 come with `scan`. Raises
+    InputError.
     """
-    def __init__(self, path, split, difficult=True):
-        roots = [root for root in (Path(path), Path(path) / "VOC2012", Path(path) / "VOCdevkit" / "VOC2012")
-                 if (root / "ImageSets" / "Segmentation").is_dir()]
-        need(roots, f"{path}: {'not a VOC devkit' if Path(path).is_dir() else 'no such folder'}; expected ImageSets/Segmentation in "
-             "it, in its VOC2012 or in its VOCdevkit/VOC2012; correct --voc")
-        self.root, self.difficult, self.labels = roots[0], difficult, None   # labels (n,K) float32 come with scan
-        lists, names = self.root / "ImageSets" / "Segmentation", self.root / "classes.txt"
-        self.ids = read_list(lists / ("train_aug.txt" if split == "train" and (lists / "train_aug.txt").exists() else f"{split}.txt"))
-        self.image_paths = [self.root / "JPEGImages" / f"{name}.jpg" for name in self.ids]
-        masks = ([self.root / f"SegmentationClass{kind}" / f"{name}.png" for kind in ("Aug", "")] for name in self.ids)
-        self.mask_paths = [next((path for path in paths if path.exists()), None) for paths in masks]
-        lines = names.read_text(encoding="utf-8-sig", errors="replace").splitlines() if names.exists() else VOC_CLASSES
-        self.classes = [line.strip() for line in lines if line.strip()]
-        need(0 < len(set(self.classes)) == len(self.classes) < 255 and "background" not in self.classes,
-             f"{names}: {len(self.classes)} classes; expected 1 to 254 different names without background, one a line; mend it")
+
+    def __init__(self, path, split):
+        above = [Path(path), Path(path) / "VOC2012", Path(path) / "VOCdevkit" / "VOC2012"]
+        roots = [root for root in above if (root / "ImageSets" / "Segmentation").is_dir()]
+        wrong = "not a VOC devkit" if Path(path).is_dir() else "no such folder"
+        fix = "expected ImageSets/Segmentation in it or in its VOC2012; correct --voc"
+        need(roots, f"{path}: {wrong}; {fix}")
+        self.root = roots[0].resolve()
+        self.split = split
+        self.tags = None
+        names = self.root / "classes.txt"
+        self.classes = read_classes(names) if names.exists() else list(VOC_CLASSES)
+        aug = split == "train" and self.has("train_aug")
+        self.ids = read_list(self._list("train_aug" if aug else split))
+        photos = pictures_in(self.root / "JPEGImages")
+        missing = self.root / "JPEGImages"
+        self.image_paths = [photos.get(name, missing / f"{name}.jpg") for name in self.ids]
+        masks = pictures_in(self.root / "SegmentationClass")
+        masks |= pictures_in(self.root / "SegmentationClassAug")
+        self.mask_paths = [masks.get(name) for name in self.ids]
+
+    def _list(self, split):
+        return self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+
+    def has(self, split):
+        """Whether the devkit lists a split."""
+        return self._list(split).exists()
+
+    def identity(self):
+        """What a run that goes on must find as it was: classes, ids and tags."""
+        return {"classes": self.classes, "ids": self.ids, "tags": self.tags.tolist()}
 
     def mask(self, i, size):
-        """(H,W) uint8 ground truth of image i, whose size is (W,H). For measuring only. Raises InputError."""
-        return read_mask(self.mask_paths[i], size, len(self.classes))
+        """(H,W) uint8 ground truth of image i of size (W,H). For measuring only. Raises
+        InputError."""
+        return read_mask(self.mask_paths[i], len(self.classes), size)
 
-    def scan(self, masks=False, track=iter):
-        """Read every tag, check every image's header and end and, with masks, read every mask, before training begins. Sets
-        and returns labels (n,K) float32; track(range(n)) may show progress. Raises InputError."""
-        self.labels = torch.zeros(len(self.ids), len(self.classes))
-        for i in track(range(len(self.ids))):
-            size = upright_size(self.image_paths[i])
-            if masks and self.mask_paths[i]:
-                self.mask(i, size)
-            for tag in read_tags(self.root / "Annotations" / f"{self.ids[i]}.xml", self.classes, self.difficult):
-                self.labels[i, self.classes.index(tag)] = 1
-        return self.labels
+    def scan(self, masks=False):
+        """Read every photo, every tag and, with masks, every mask there is, before training
+        begins. Sets tags (n,K) float32; a val photo need not have an XML. Raises InputError with
+        the first ten faults."""
+        self.tags = torch.zeros(len(self.ids), len(self.classes))
+        faults = []
+        contradict = []
+        for i in track(f"scan {self.split}", range(len(self.ids))):
+            try:
+                size = read_image(self.image_paths[i]).size
+                xml = self.root / "Annotations" / f"{self.ids[i]}.xml"
+                tags = read_tags(xml, self.classes) if self.split == "train" or xml.exists() else ()
+                tagged = {self.classes.index(tag) for tag in tags}
+                self.tags[i, list(tagged)] = 1
+                if masks and self.mask_paths[i]:
+                    shown = {int(k) - 1 for k in np.unique(self.mask(i, size)) if 0 < k < IGNORE}
+                    if tagged and not (shown and shown <= tagged):
+                        contradict.append(self.ids[i])
+            except InputError as fault:
+                faults.append(str(fault))
+        if len(faults) > 1:
+            faults = [f"{len(faults)} files are wrong; the first ten:", *faults[:10]]
+        if faults:
+            raise InputError(*faults)
+        if masks:
+            self._check_masks(contradict)
+        for name, share in zip(self.classes, self.tags.mean(0).tolist()):
+            if self.split == "train" and share in (0, 1):
+                how = "no training image is" if share == 0 else "every training image is"
+                cure = "it is not learnt" if share == 0 else "add photos without it to locate it"
+                say(f"warning: {how} tagged {name}: {cure}", stream=sys.stderr)
 
-# ---- images -> network inputs ------------------------------------------------------------------------------------------
+    def _check_masks(self, contradict):
+        """Refuse val masks of which some are missing, and masks that mostly contradict the tags."""
+        missing = [name for name, path in zip(self.ids, self.mask_paths) if path is None]
+        found = len(self.ids) - len(missing)
+        some = self.split == "val" and missing and found
+        fault = f"{self.root}: {len(missing)} of {len(self.ids)} val masks are missing"
+        need(not some, f"{fault}: {' '.join(missing[:10])}; add them, or shorten the list")
+        fault = f"{len(contradict)} of {found} masks show none of their tags, or others"
+        fix = "expected index n for the n-th class, 0 background, 255 undecided; re-export them"
+        few = 2 * len(contradict) <= found
+        need(few, f"{self.root}: {fault}: {' '.join(contradict[:10])}; {fix}")
+
+
+def pictures_in(folder):
+    """{stem: path} of the pictures in a folder, of every usual ending; .jpg wins."""
+    paths = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in ENDINGS]
+    paths.sort(key=lambda path: path.suffix == ".jpg")  # the last one wins
+    return {path.stem: path for path in paths}
+
+
+# ---- photos -> network inputs --------------------------------------------------------------------
+
+
 def to_tensor(image):
     """PIL RGB -> (3,H,W) float32 in [0,1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
+
 def aligned(image, size):
-    """Resize so that the long side is about `size` and both sides are 16n+1, where every feature grid is aligned."""
+    """Resized: the long side about `size`, both sides 16n+1, where every feature grid is
+    aligned."""
     scale = size / max(image.size)
-    return image.resize([16 * max(1, round((side * scale - 1) / 16)) + 1 for side in image.size], Image.BILINEAR)
+    sides = [16 * max(1, round((side * scale - 1) / 16)) + 1 for side in image.size]
+    return image.resize(sides, Image.BILINEAR)
+
 
 class Crops(torch.utils.data.Dataset):
-    """Joint scale / flip / crop of image i and its label map: everything random is drawn from (seed, epoch, i) alone.
+    """Joint scale / flip / crop of image i and its label map: everything random is drawn from
+    (seed, epoch, i) alone.
 
-    The long side becomes size * U(scale), then a crop x crop window is cut; outside the image the input is grey (128/255) and the
-    label 255. label_paths lists the PNGs of pseudo labels, or is None while there are none (all 255). Returns image
-    (3,crop,crop) float32 in [0,1], tags (K,) float32, label (crop,crop) int64 and i.
+    The long side becomes size * U(scale), then a crop x crop window is cut; outside the image the
+    input is grey (128/255) and the label 255. label_paths lists the PNGs of pseudo labels, or is
+    None while there are none (all 255). Returns image (3,crop,crop) float32 in [0,1], tags (K,)
+    float32, label (crop,crop) int64 and i.
     """
+
     def __init__(self, voc, crop, size, scale, seed, epoch, label_paths=None):
-        self.voc, self.crop, self.size, self.scale = voc, crop, size, scale
-        self.seed, self.epoch, self.label_paths = seed, epoch, label_paths
+        self.voc = voc
+        self.crop = crop
+        self.size = size
+        self.scale = scale
+        self.seed = seed
+        self.epoch = epoch
+        self.label_paths = label_paths
 
     def __getitem__(self, i):
-        rng, image = np.random.default_rng([self.seed, self.epoch, i]), read_image(self.voc.image_paths[i])
+        image = read_image(self.voc.image_paths[i])
         w, h = image.size
-        c, ratio = self.crop, self.size * rng.uniform(*self.scale) / max(w, h)   # ratio: output pixels per image pixel
-        x, y = (rng.uniform(min(0, side - c / ratio), max(0, side - c / ratio)) for side in (w, h))   # crop corner
-        x0, y0, x1, y1 = max(0, x), max(0, y), min(w, x + c / ratio), min(h, y + c / ratio)   # its part inside the image
-        at = (round((x0 - x) * ratio), round((y0 - y) * ratio))
-        part = (max(1, min(c - at[0], round((x1 - x0) * ratio))), max(1, min(c - at[1], round((y1 - y0) * ratio))))
+        rng = np.random.default_rng([self.seed, self.epoch, i])
+        ratio = self.size * rng.uniform(*self.scale) / max(w, h)  # crop pixels per photo pixel
+        side = self.crop / ratio  # of the crop, in photo pixels
+        left = rng.uniform(min(0, w - side), max(0, w - side))  # of the crop, in photo pixels
+        top = rng.uniform(min(0, h - side), max(0, h - side))
         flip = rng.random() < 0.5
-        def cut(picture, resample, fill):
-            canvas = Image.new(picture.mode, (c, c), fill)
-            canvas.paste(picture.resize(part, resample, box=(x0, y0, x1, y1)), at)
-            return ImageOps.mirror(canvas) if flip else canvas
-        label = torch.full((c, c), IGNORE)
-        if self.label_paths:
-            indices = read_mask(self.label_paths[i], (w, h), len(self.voc.classes))
-            label = torch.from_numpy(np.array(cut(Image.fromarray(indices), Image.NEAREST, IGNORE))).long()
-        return to_tensor(cut(image, Image.BILINEAR, (128,) * 3)), self.voc.labels[i], label, i
+        # the part of the photo that lies in the crop, in photo pixels
+        box = (max(0, left), max(0, top), min(w, left + side), min(h, top + side))
+        # where it lies there and how large it is, in crop pixels
+        x = round((box[0] - left) * ratio)
+        y = round((box[1] - top) * ratio)
+        width = max(1, min(self.crop - x, round((box[2] - box[0]) * ratio)))
+        height = max(1, min(self.crop - y, round((box[3] - box[1]) * ratio)))
 
-# ---- label maps and their scores ---------------------------------------------------------------------------------------
-def palette_image(label):
-    """(H,W) uint8 indices -> PIL palette image in VOC's colours: bits 3b, 3b+1, 3b+2 of an index are bit 7-b of red, green, blue."""
-    image, (index, channel) = Image.fromarray(np.ascontiguousarray(label, dtype=np.uint8)), np.mgrid[:256, :3]
-    image.putpalette(sum(((index >> (3 * b + channel)) & 1) << (7 - b) for b in range(8)).flatten().tolist())
-    return image
+        def cut(picture, resample, fill):
+            canvas = Image.new(picture.mode, (self.crop, self.crop), fill)
+            canvas.paste(picture.resize((width, height), resample, box=box), (x, y))
+            return ImageOps.mirror(canvas) if flip else canvas
+
+        pixels = to_tensor(cut(image, Image.BILINEAR, (128, 128, 128)))
+        label = torch.full((self.crop, self.crop), IGNORE)
+        if self.label_paths:
+            indices = Image.fromarray(read_mask(self.label_paths[i], len(self.voc.classes), (w, h)))
+            label = torch.from_numpy(np.array(cut(indices, Image.NEAREST, IGNORE))).long()
+        return pixels, self.voc.tags[i], label, i
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
 
 def confusion(target, prediction, num_classes):
-    """C[g,p] = pixels of true class g predicted p, over pixels whose target is not 255: (K+1,K+1) int64."""
-    n, keep = num_classes + 1, target != IGNORE
-    return np.bincount(n * target[keep].astype(int) + prediction[keep], minlength=n * n).reshape(n, n)
+    """C[g,p] = pixels of class g predicted p, where the target is not 255: (K+1,K+1) int64."""
+    n = num_classes + 1
+    keep = target != IGNORE
+    pairs = n * target[keep].astype(int) + prediction[keep]
+    return np.bincount(pairs, minlength=n * n).reshape(n, n)
+
 
 def summary(C, classes):
-    """{"miou", "core", "iou": {class: x}} of a confusion matrix: IoU_k = C_kk / (row_k + column_k - C_kk) in [0,1] of the classes that
-    occur in a mask, and its means over them; core is None outside VOC."""
-    hit, rows, columns = C.diagonal(), C.sum(1), C.sum(0)
-    scores = {name: round(float(h / (r + c - h)), 4) for name, h, r, c in zip(["background", *classes], hit, rows, columns) if r}
-    core = [x for name, x in scores.items() if name in CORE and CORE <= {"background", *classes}]
-    return {"miou": round(sum(scores.values()) / max(1, len(scores)), 4),
-            "core": round(sum(core) / len(core), 4) if core else None, "iou": scores}
+    """{"miou", "core", "iou", "precision", "recall", "confusion"} of a confusion matrix C: IoU_k
+    = C_kk / (row_k + column_k - C_kk) in [0,1] of the classes that occur in a mask (C_kk /
+    column_k, C_kk / row_k), and its means over them; core is None outside VOC."""
+    scores = {"iou": {}, "precision": {}, "recall": {}}
+    for k, name in enumerate(["background", *classes]):
+        hit = int(C[k, k])
+        true = int(C[k].sum())
+        said = int(C[:, k].sum())
+        if true:
+            scores["iou"][name] = hit / (true + said - hit)
+            scores["precision"][name] = hit / said if said else None
+            scores["recall"][name] = hit / true
+    iou = scores["iou"]
+    core = [x for name, x in iou.items() if name in CORE]
+    core = core if CORE <= {"background", *classes} else []
+    scores["miou"] = sum(iou.values()) / max(1, len(iou))
+    scores["core"] = sum(core) / len(core) if core else None
+    return scores | {"confusion": C.tolist()}
 
-def confusions(target, maps, present, num_classes, grid):
-    """Confusion matrices (T,K+1,K+1) int64 of: class argmax_k M_k where max_k M_k >= t, else background, for every t of grid (T,)
-    ascending, from one histogram. maps (P,H,W) in [0,1] are of the classes whose indices 0..K-1 are present (P,)."""
-    n, keep, (best, k) = num_classes + 1, target != IGNORE, maps.max(0)
-    passed = np.searchsorted(grid, best.numpy()[keep].astype(float), side="right")   # how many thresholds a pixel passes
-    pairs = n * target[keep].astype(int) + present[k.numpy()[keep]] + 1
-    H = np.bincount(passed * n * n + pairs, minlength=(len(grid) + 1) * n * n).reshape(-1, n, n)
-    C = H[::-1].cumsum(0)[-2::-1]                                  # pixels that pass t: (T,n,n)
-    C[:, :, 0] += H.sum((0, 2)) - C.sum(2)                         # those that do not are background
-    return C
 
-# ---- the toy set -------------------------------------------------------------------------------------------------------
-TOY_CLASSES, TOY_HUES, TOY_SHAPES = zip(                           # name, hue, which points (u,v) lie inside at radius 1
-    ("disc", (200, 70, 60), lambda u, v: u ** 2 + v ** 2 < 1),
-    ("square", (70, 90, 200), lambda u, v: np.maximum(abs(u), abs(v)) < 0.75),
-    ("triangle", (50, 190, 60), lambda u, v: np.maximum(-v, 0.87 * abs(u) + 0.5 * v) < 0.6),
-    ("cross", (210, 180, 50), lambda u, v: (np.minimum(abs(u), abs(v)) < 0.3) & (np.maximum(abs(u), abs(v)) < 1)))
+# ---- pictures ------------------------------------------------------------------------------------
 
-def _texture(rng, size, colour):
+
+def palette_image(label):
+    """(H,W) uint8 indices -> PIL palette image in VOC's colours: bits 3b, 3b+1, 3b+2 of an index
+    are bit 7-b of red, green, blue."""
+    image = Image.fromarray(np.ascontiguousarray(label, dtype=np.uint8))
+    index, channel = np.mgrid[:256, :3]
+    palette = sum(((index >> (3 * b + channel)) & 1) << (7 - b) for b in range(8))
+    image.putpalette(palette.flatten().tolist())
+    return image
+
+
+def heat(image, M):
+    """A map M (H,W) in [0,1] over a darkened photo: blue is 0, red is 1 (the jet ramp)."""
+    colour = torch.stack([(1.5 - (4 * M - c).abs()).clamp(0, 1) for c in (3, 2, 1)], 2).numpy()
+    grey = np.asarray(image.convert("L"))[:, :, None]
+    return Image.fromarray((grey * 0.4 + 153 * colour).astype(np.uint8))
+
+
+def overlay(image, label):
+    """Label colours over the photo; 255 comes out white."""
+    return Image.blend(image, palette_image(label).convert("RGB"), 0.6)
+
+
+def sheet(rows, width=160):
+    """One picture of rows of {caption: picture}, each `width` wide, its caption above it."""
+    firsts = [next(iter(row.values())) for row in rows]
+    heights = [max(1, round(width * first.height / first.width)) for first in firsts]
+    columns = max(len(row) for row in rows)
+    page = Image.new("RGB", (columns * (width + 4), sum(heights) + 18 * len(rows)), "white")
+    y = 0
+    for row, height in zip(rows, heights):
+        for column, (caption, picture) in enumerate(row.items()):
+            x = column * (width + 4)
+            ImageDraw.Draw(page).text((x + 2, y + 2), caption[:26], fill="black")
+            page.paste(picture.resize((width, height)), (x, y + 15))
+        y += height + 18
+    return page
+
+
+# ---- the toy set ---------------------------------------------------------------------------------
+
+TOY_CLASSES = ("disc", "square", "triangle", "cross")
+TOY_HUES = ((200, 70, 60), (70, 90, 200), (50, 190, 60), (210, 180, 50))
+
+
+def toy_shape(name, u, v):
+    """Which points (u,v) lie inside a shape of radius 1: boolean, of u's shape."""
+    if name == "disc":
+        return u**2 + v**2 < 1
+    if name == "square":
+        return np.maximum(abs(u), abs(v)) < 0.75
+    if name == "triangle":
+        return np.maximum(-v, 0.87 * abs(u) + 0.5 * v) < 0.6
+    return (np.minimum(abs(u), abs(v)) < 0.3) & (np.maximum(abs(u), abs(v)) < 1)  # cross
+
+
+def toy_texture(rng, size, colour):
     """(size,size,3) float: smooth blotches of two nearby colours plus fine grain."""
-    t = Image.fromarray(rng.integers(0, 255, (5, 5), dtype=np.uint8)).resize((size, size), Image.BICUBIC)
-    return colour + rng.uniform(-35, 35, 3) * np.asarray(t)[:, :, None] / 255 + rng.normal(0, 8, (size, size, 1))
+    t = Image.fromarray(rng.integers(0, 255, (5, 5), dtype=np.uint8))
+    t = t.resize((size, size), Image.BICUBIC)
+    blotches = rng.uniform(-35, 35, 3) * np.asarray(t)[:, :, None] / 255
+    return colour + blotches + rng.normal(0, 8, (size, size, 1))
+
+
+def toy_picture(rng, size):
+    """Image (size,size,3) uint8 and mask (size,size) uint8: one to three objects on a blotchy,
+    dull background; later objects cover earlier ones; borders are 255. A shape's hue is its own,
+    give or take: six conv blocks learn it in a minute."""
+    y, x = np.mgrid[:size, :size]
+    image = toy_texture(rng, size, rng.integers(60, 200) + rng.uniform(-25, 25, 3))
+    mask = np.zeros((size, size), np.uint8)
+    for k in rng.integers(len(TOY_CLASSES), size=rng.integers(1, 4)):
+        r = rng.uniform(0.14, 0.26) * size
+        angle = rng.uniform(0, np.pi)
+        cx, cy = rng.uniform(r, size - r, 2)
+        u = ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)) / r
+        v = ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / r
+        inside = toy_shape(TOY_CLASSES[k], u, v)
+        solid = Image.fromarray(inside).convert("L")
+        grown = np.asarray(solid.filter(ImageFilter.MaxFilter(3))) > 0
+        image[inside] = toy_texture(rng, size, TOY_HUES[k] + rng.uniform(-30, 30, 3))[inside]
+        mask[grown] = IGNORE
+        mask[inside] = k + 1
+    return image.clip(0, 255).astype(np.uint8), mask
+
 
 def make_toy(root, train=240, val=60, size=97, seed=0):
-    """Write a small VOC devkit under root and return it as Path: one to three objects of four shapes on blotchy, dull backgrounds;
-    later objects cover earlier ones; borders are 255. A shape's hue is its own, give or take: six conv blocks learn it in a minute."""
-    root, rng = Path(root), np.random.default_rng(seed)
+    """Write a small VOC devkit of four shapes under root and return it as Path."""
+    root = Path(root)
+    rng = np.random.default_rng(seed)
     for folder in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    ids, (y, x) = [f"toy_{n:04d}" for n in range(train + val)], np.mgrid[:size, :size]
+    ids = [f"toy_{n:04d}" for n in range(train + val)]
     for name in ids:
-        image, mask = _texture(rng, size, rng.integers(60, 200) + rng.uniform(-25, 25, 3)), np.zeros((size, size), np.uint8)
-        for k in rng.integers(len(TOY_CLASSES), size=rng.integers(1, 4)):
-            r, angle = rng.uniform(0.14, 0.26) * size, rng.uniform(0, np.pi)
-            cx, cy = rng.uniform(r, size - r, 2)
-            u, v = ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)) / r, ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / r
-            inside = TOY_SHAPES[k](u, v)
-            grown = np.asarray(Image.fromarray(inside).convert("L").filter(ImageFilter.MaxFilter(3))) > 0
-            image[inside] = _texture(rng, size, TOY_HUES[k] + rng.uniform(-30, 30, 3))[inside]
-            mask[grown], mask[inside] = IGNORE, k + 1
-        objects = "".join(f"<object><name>{TOY_CLASSES[k - 1]}</name></object>" for k in np.unique(mask) if 0 < k < IGNORE)
-        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / "JPEGImages" / f"{name}.jpg", quality=92)
-        (root / "Annotations" / f"{name}.xml").write_text(f"<annotation><filename>{name}.jpg</filename>{objects}</annotation>\n")
+        image, mask = toy_picture(rng, size)
+        shown = [TOY_CLASSES[k - 1] for k in np.unique(mask) if 0 < k < IGNORE]
+        objects = "".join(f"<object><name>{tag}</name></object>" for tag in shown)
+        xml = f"<annotation><filename>{name}.jpg</filename>{objects}</annotation>\n"
+        Image.fromarray(image).save(root / "JPEGImages" / f"{name}.jpg", quality=92)
+        (root / "Annotations" / f"{name}.xml").write_text(xml)
         palette_image(mask).save(root / "SegmentationClass" / f"{name}.png")
     (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids[:train]) + "\n")
     (root / "ImageSets/Segmentation/val.txt").write_text("\n".join(ids[train:]) + "\n")
-    (root / "classes.txt").write_text("\n".join(TOY_CLASSES) + "\n")   # last: whoever finds it finds a whole set
+    (root / "classes.txt").write_text("\n".join(TOY_CLASSES) + "\n")  # last: then the set is whole
     return root

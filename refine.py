@@ -1,209 +1,340 @@
-"""The four stages that turn one network's features into dense pseudo labels, one short function each.
+"""The four stages that turn one network's features into dense pseudo labels, one short function
+each.
 
-    1. localization_maps    M_k = y_k relu(S_k) / max relu(S_k)               high-level features say roughly where
-    2. affinity_guided      M <- (M0 + lambda P M) / (1 + lambda)             intermediate features: alike means together
-    3. self_guided          q_i = up(mean(a))_i . I_i + up(mean(b))_i         the image passes its structure on
-    4. pseudo_labels        class where M > hi, 0 where M < lo, 255 between   dense annotations
+Ke & Hsu (2018), abstract, sentences 5 to 8, name the stages and what each looks at. No number and
+no formula of the paper is in this repository: every one below is our choice, its source beside it
+("tuned": on our VOC subset's training masks, then frozen). `four_stages` is these steps in a row:
 
-Ke & Hsu (2018), abstract, sentences 5-8, name the stages and what each looks at; every formula, graph and number below is
-our choice, its source named beside it. Symbols: B images, K foreground classes, (h,w) a feature grid, (H,W) the image;
-i, j pixels of one grid; k a class. All functions are pure, batched, float32, differentiable (labels aside), and run on any device.
+    up                  the scores S to the grid of F_mid
+    1 localization_maps M_k = relu(S_k) / max relu(S_k)             high-level features: where
+    2 affinity_guided   M <- (M0 + lambda T M) / (1 + lambda)       intermediate: alike together
+      stretched         M_k <- M_k / max(max M_k, floor)            (the walk lowers peaks)
+    3 self_guided       q_i = up(mean(a))_i . I_i + up(mean(b))_i   the image's own structure
+    4 pseudo_labels     class where M >= hi, 0 where M < lo, 255 else             dense annotations
+
+Symbols: B images; K classes, P of them tagged, their indices in `classes`; (h,w) a feature grid,
+(H,W) the image; i, j pixels of one grid; k a class; S scores, Z logits, M maps. All is pure,
+batched, float32 and, labels aside, differentiable, on any device.
 """
+
 import torch
 import torch.nn.functional as F
 
-IGNORE = 255                                                       # VOC's "void" index: no loss, no score
-DILATIONS = (1, 3, 6, 12, 24)                                      # 40 neighbours, near and far (our choice, after PAMR)
+IGNORE = 255  # VOC's "void" index: no loss, no score
+LO = 0.35  # background where every map stays below (tuned; ToCo: 0.25)
+HI = 0.50  # a class where its map gets this far (tuned; ToCo: 0.7)
+STRENGTH = 100.0  # lambda of the affinity energy (tuned)
+STEPS = 40  # of the walk (tuned)
+TEMPERATURE = 0.1  # of the affinity exp(cos / temperature) (tuned)
+DILATIONS = (1, 3, 6, 12, 24)  # 40 neighbours, near and far (our choice, after PAMR)
+DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
+RADIUS = 6  # of the guided filter's windows, in cells of the maps' grid (tuned)
+EPS = 1e-5  # of the guided filter (tuned)
 
-# ---- 1. high-level features -> class-specific localization maps --------------------------------------------------------
-def localization_maps(scores, labels, least=1e-5):
-    """M_k = y_k relu(S_k) / max(max_ij relu(S_k), least): where the classes named by the tags roughly are.
 
-    scores (B,K,h,w) float32, the CAM scores S; labels (B,K) in {0,1}. Returns (B,K,h,w) in [0,1], exactly 0 for absent classes and
-    where nothing is positive; a map whose maximum is below least > 0 stays below 1. Source: abstract, sentence 5; class activation
-    mapping, Zhou et al. 2016, with the usual relu and division by the maximum. Raises ValueError when the shapes do not fit.
+def localization_maps(scores, classes, floor=1e-5):
+    """Stage 1. M_k = relu(S_k) / max(max_ij relu(S_k), floor) for the tagged k: roughly where.
 
-    >>> localization_maps(torch.tensor([[[[2., 4.], [-1., 1.]]]]), torch.ones(1, 1))
+    scores (B,K,h,w) float32, the CAM scores S; classes (P,) the indices of the tagged ones. Returns
+    (B,P,h,w) in [0,1], 0 where nothing is positive. Source: abstract, sentence 5; class activation
+    mapping, Zhou et al. 2016, with the usual relu and division by the maximum.
+
+    >>> localization_maps(torch.tensor([[[[9., 9.], [9., 9.]], [[2., 4.], [-1., 1.]]]]), [1])
     tensor([[[[0.5000, 1.0000],
               [0.0000, 0.2500]]]])
     """
-    if scores.shape[:2] != labels.shape:
-        raise ValueError(f"scores {tuple(scores.shape)} want labels {tuple(scores.shape[:2])}, got {tuple(labels.shape)}")
-    M = scores.relu() * labels[:, :, None, None]
-    return M / M.amax((2, 3), keepdim=True).clamp_min(least)
+    return stretched(scores.relu()[:, classes], floor)
 
-# ---- 2. intermediate features -> affinity guidance ---------------------------------------------------------------------
-def affinity(features, dilations=DILATIONS, temperature=0.1):
-    """A_ij = exp((cos(f_i, f_j) - 1) / temperature) between neighbours, f the features less their mean over the image.
 
-    The graph: each pixel i of the grid and the 8 around it at every dilation, N = 8 len(dilations) neighbours j; symmetric.
-    features (B,C,h,w). Returns A (B,h*w,N) in [0,1], 0 where j would leave the grid; index (h*w,N) int64, the pixel j. Without their
-    mean, features are "alike for this image". Our choice: the cosine as in SEAM (Wang et al. 2020), the graph as in PAMR (Araslanov
-    & Roth 2020); temperature and dilations chosen on our VOC subset's training masks, then frozen.
+def head_maps(logits, classes, soften=2.0):
+    """Stage 1 of later rounds. M_k = softmax(Z / soften)_k over background and tagged classes: by
+    then the segmentation head knows more than the CAM head. Softened, for it is over-sure of what
+    it learnt.
+
+    logits (B,K+1,h,w), Z, background first; classes (P,). Returns (B,P,h,w) in [0,1]. Our choice
+    (soften: tuned).
+
+    >>> head_maps(torch.tensor([0., 9., 0.]).view(1, 3, 1, 1), [1]).item()      # class 0: no tag
+    0.5
     """
-    (h, w), device = features.shape[-2:], features.device
-    steps = [(dy * d, dx * d) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
-    dy, dx = torch.tensor(steps, device=device).T                  # (N,) each
-    y = torch.arange(h, device=device).repeat_interleave(w)[:, None] + dy   # (hw,N)
-    x = torch.arange(w, device=device).repeat(h)[:, None] + dx     # (hw,N)
+    tagged = [0, *(int(k) + 1 for k in classes)]
+    return (logits[:, tagged] / soften).softmax(1)[:, 1:]
+
+
+def stretched(maps, floor):
+    """M_k / max(max_ij M_k, floor), maps (B,P,h,w) >= 0: a maximum of 1, but never multiplied by
+    more than 1 / floor, so that small classes do not vanish and wrong ones do not fill the
+    picture."""
+    return maps / maps.amax((2, 3), keepdim=True).clamp_min(floor)
+
+
+def affinity(features, dilations=DILATIONS, temperature=TEMPERATURE):
+    """A_ij = exp((cos(f_i, f_j) - 1) / temperature) between neighbours, f the features less their
+    mean over the image: "alike for this image".
+
+    The graph: each pixel i and the 8 around it at every dilation, N = 8 len(dilations) neighbours
+    j; symmetric. features (B,C,h,w). Returns A (B,hw,N) in [0,1], 0 where j would leave the grid,
+    and index (hw,N) int64, the pixel j. Our choice: the cosine as in SEAM (Wang et al. 2020), the
+    graph as in PAMR (Araslanov & Roth 2020). Raises ValueError for temperature <= 0.
+    """
+    if temperature <= 0:
+        raise ValueError(f"want temperature > 0, got {temperature}")
+    h, w = features.shape[-2:]
+    steps = torch.tensor(dilations)[:, None, None] * torch.tensor(DIRECTIONS)  # (dilations,8,2)
+    dy, dx = steps.flatten(0, 1).to(features.device).T  # (N,) each
+    i = torch.arange(h * w, device=features.device)[:, None]
+    y = i // w + dy  # (hw,N)
+    x = i % w + dx  # (hw,N)
     inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)
     index = y.clamp(0, h - 1) * w + x.clamp(0, w - 1)
-    f = F.normalize((features - features.mean((2, 3), keepdim=True)).flatten(2), dim=1).transpose(1, 2)   # (B,hw,C)
-    cos = torch.stack([(f * f[:, j]).sum(-1) for j in index.T], -1)   # (B,hw,N), one neighbour at a time: memory stays linear
-    return ((cos - 1) / temperature).exp() * inside, index         # the -1 cancels in P: it keeps exp() in range
+    f = features - features.mean((2, 3), keepdim=True)
+    f = F.normalize(f.flatten(2), dim=1).transpose(1, 2)  # (B,hw,C)
+    cos = torch.stack([(f * f[:, j]).sum(-1) for j in index.T], -1)  # (B,hw,N); memory stays linear
+    return ((cos - 1) / temperature).exp() * inside, index  # -1: cancels in T, keeps exp() small
 
-def affinity_guided(maps, features, steps=40, strength=100.0, dilations=DILATIONS, temperature=0.1):
-    """M <- (M0 + lambda P M) / (1 + lambda), P = D^-1 A: a random walk that restarts at M0 and settles where
+
+def affinity_guided(maps, features, strength=STRENGTH, steps=STEPS, temperature=TEMPERATURE):
+    """Stage 2. M <- (M0 + lambda T M) / (1 + lambda), T = D^-1 A, `steps` times from M = M0 = maps:
+    a random walk that restarts at the localization map. Every step nears the minimum of
 
         E(M) = sum_i d_i (M_i - M0_i)^2 + lambda sum_ij A_ij (M_i - M_j)^2 / 2,     d_i = sum_j A_ij
 
-    is least: true to the localization map, alike where the intermediate features are alike. The minimiser solves
-    (D + lambda (D - A)) M = D M0; the walk is that system's Jacobi iteration, and every step lowers E.
+    true to the localization map, alike where the intermediate features are alike. The minimiser
+    solves (D + lambda (D - A)) M = D M0; the walk is that system's Jacobi iteration, cut short: 40
+    steps leave at most 0.67 of the way at lambda = 100, 0.02 at 10 (a step, at most lambda / (1 +
+    lambda)).
 
-    maps (B,K,h,w) in [0,1] on the features' grid; features (B,C,h,w). Returns (B,K,h,w) in [0,1]. strength is lambda >= 0.
-    Source: abstract, sentence 6; the walk after AffinityNet (Ahn & Kwak 2018), whose affinities are learned by a second
-    network: here they are read off the one network's own features. Raises ValueError when the grids differ.
+    maps (B,P,h,w) in [0,1]; features (B,C,h,w); strength is lambda >= 0. Returns (B,P,h,w) in
+    [0,1]. Source: abstract, sentence 6; the walk after AffinityNet (Ahn & Kwak 2018), whose
+    affinities a second network learns: here they are read off the one network's features. Raises
+    ValueError when batch or grid differ, strength < 0 or temperature <= 0.
 
-    Worked example: two pixels, each the other's only neighbour (so P is the same for every A_12), lambda = 1, M0 = (1, 0). One step
-    gives (1 + 0, 0 + 1) / 2 = (0.5, 0.5); the next (1 + 0.5, 0 + 0.5) / 2 = (0.75, 0.25); the walk settles at (2/3, 1/3).
+    Worked example: two pixels, each the other's only neighbour (T is the same for every A_12),
+    lambda = 1, M0 = (1, 0): one step gives (1 + 0, 0 + 1) / 2 = (0.5, 0.5), the next (1 + 0.5, 0 +
+    0.5) / 2 = (0.75, 0.25); the walk settles at (2/3, 1/3).
 
-    >>> affinity_guided(torch.tensor([[[[1., 0.]]]]), torch.zeros(1, 3, 1, 2), steps=2, strength=1.0)
+    >>> affinity_guided(torch.tensor([[[[1., 0.]]]]), torch.zeros(1, 3, 1, 2), strength=1, steps=2)
     tensor([[[[0.7500, 0.2500]]]])
     """
-    if maps.shape[-2:] != features.shape[-2:]:
-        raise ValueError(f"maps {tuple(maps.shape)} and features {tuple(features.shape)} must share one grid")
-    A, index = affinity(features, dilations, temperature)          # (B,hw,N), (hw,N)
-    P = (A / A.sum(-1, keepdim=True).clamp_min(1e-30))[:, None]    # (B,1,hw,N); a 1x1 grid has no neighbour
-    M0 = M = maps.flatten(2)                                       # (B,K,hw)
+    check_grids(maps, features, strength)
+    if maps.shape[2] * maps.shape[3] == 1:
+        return maps  # no neighbour
+    A, index = affinity(features, temperature=temperature)  # (B,hw,N), (hw,N)
+    T = A / A.sum(-1, keepdim=True)  # (B,hw,N)
+    M0 = maps.flatten(2)  # (B,P,hw)
+    M = M0
     for _ in range(steps):
-        M = (M0 + strength * (P * M[:, :, index]).sum(-1)) / (1 + strength)
-    return M.unflatten(2, maps.shape[-2:])                         # (B,K,h,w)
+        M = (M0 + strength * (T[:, None] * M[:, :, index]).sum(-1)) / (1 + strength)
+    return M.unflatten(2, maps.shape[-2:])  # (B,P,h,w)
 
-def affinity_energy(maps, features, start=None, strength=1.0, dilations=DILATIONS, temperature=0.1):
-    """E / pairs = [sum_i d_i (M_i - M0_i)^2 + lambda sum_ij A_ij (M_i - M_j)^2 / 2] / (number of ordered pairs ij with A_ij > 0).
 
-    The energy that `affinity_guided` lowers, given the same strength (lambda) and M0 = start, averaged over batch and classes: a scalar
-    >= 0. With start = None the first sum is left out: a loss on unrefined maps that asks them to agree with the features; lambda
-    then only scales it. maps, start (B,K,h,w); features (B,C,h,w). Gradients flow to all of them: detach what should not move.
-    Source: abstract, sentence 6; the energy is our choice. Raises ValueError when the grids differ.
+def affinity_energy(maps, features, start=None, strength=STRENGTH, temperature=TEMPERATURE):
+    """The energy E that `affinity_guided` lowers, M0 = start, by the number of ordered pairs with
+    A_ij > 0, averaged over batch and classes: a scalar >= 0. With start = None its first sum is
+    left out: a loss on unrefined maps that asks them to agree with the features (not used:
+    docs/CHOICES.md).
+
+    maps, start (B,P,h,w); features (B,C,h,w). Gradients flow to all of them: detach what should not
+    move. Source: abstract, sentence 6; the energy is our choice. ValueError as `affinity_guided`.
     """
-    if maps.shape[-2:] != features.shape[-2:]:
-        raise ValueError(f"maps {tuple(maps.shape)} and features {tuple(features.shape)} must share one grid")
-    A, index = affinity(features, dilations, temperature)          # (B,hw,N)
-    M = maps.flatten(2)                                            # (B,K,hw)
-    E = strength * (A[:, None] * (M[..., None] - M[:, :, index]) ** 2).sum((-1, -2)) / 2   # (B,K)
+    check_grids(maps, features, strength)
+    A, index = affinity(features, temperature=temperature)  # (B,hw,N)
+    M = maps.flatten(2)  # (B,P,hw)
+    apart = (M[..., None] - M[:, :, index]) ** 2  # (B,P,hw,N)
+    E = strength * (A[:, None] * apart).sum((-1, -2)) / 2  # (B,P)
     if start is not None:
         E = E + (A.sum(-1)[:, None] * (M - start.flatten(2)) ** 2).sum(-1)
     return (E / (A > 0).sum((1, 2)).clamp_min(1)[:, None]).mean()
 
-# ---- 3. the image itself -> self-guided refinement ---------------------------------------------------------------------
-def box_mean(x, radius):
-    """Mean over the (2r+1)^2 window around each pixel, cut at the border and divided by the pixels in it.
 
-    x (B,C,H,W) -> (B,C,H,W), radius >= 0. Running sums: the cost is the same for every radius, the memory linear in the pixels.
+def check_grids(maps, features, strength):
+    """Raise ValueError unless maps (B,P,h,w), features (B,C,h,w) share B, h, w and strength >=
+    0."""
+    if maps.shape[::2] + maps.shape[3:] != features.shape[::2] + features.shape[3:] or strength < 0:
+        got = f"{tuple(maps.shape)}, {tuple(features.shape)}, {strength}"
+        raise ValueError(f"want maps and features of one batch and grid, strength >= 0; got {got}")
+
+
+def self_guided(maps, image, radius=RADIUS, eps=EPS):
+    """Stage 3. q_i = clamp(up(mean(a))_i . I_i + up(mean(b))_i, 0, 1): the image itself guides its
+    maps to full resolution.
+
+    The coefficients a, b are fitted on the maps' own grid, to the image averaged down to it; only
+    they are upsampled, so every edge in q comes from the image's own pixels (Fast Guided Filter, He
+    & Sun 2015). Averaging puts cells up to half a cell beside the maps' nodes at the border: as
+    good as exact alignment where measured.
+
+    maps (B,P,h,w) in [0,1]; image (B,3,H,W) in [0,1]; radius in cells. Returns (B,P,H,W) in [0,1];
+    a map of zeros stays zero. Source: abstract, sentence 7. That the paper's refinement is this
+    filter is our reading of its wording, not a fact. Raises ValueError as `guided_coefficients`.
+
+    Worked example: a map of two cells, a picture of two black, two white pixels: the edge is its.
+
+    >>> picture = torch.tensor([0., 0., 1., 1.]).expand(1, 3, 1, 4)
+    >>> self_guided(torch.tensor([[[[.2, .8]]]]), picture, radius=1)
+    tensor([[[[0.2000, 0.2000, 0.8000, 0.8000]]]])
+    """
+    size = image.shape[-2:]
+    small = F.interpolate(image, maps.shape[-2:], mode="area")  # (B,3,h,w)
+    a, b = guided_coefficients(maps, small, radius, eps)  # 3 (B,P,h,w), (B,P,h,w)
+    return affine([up(a_c, size) for a_c in a], up(b, size), image).clamp(0, 1)  # (B,P,H,W)
+
+
+def pseudo_labels(maps, classes, lo=LO, hi=HI):
+    """Stage 4. classes[argmax_p M_p] + 1 where max M >= hi; background 0 where max M < lo; 255,
+    ignored by the loss, between. Of equal maps the first wins; M = hi is labelled, M = lo
+    undecided.
+
+    maps (B,P,H,W) in [0,1]; classes (P,), the classes they are of: no other can appear; 0 <= lo <=
+    hi <= 1. Returns (B,H,W) uint8; without a class all is background. Source: abstract, sentence 8;
+    the band as in AffinityNet/IRN (Ahn & Kwak 2018; Ahn et al. 2019). ValueError: lo, hi out of
+    order, a class above 253.
+
+    >>> pseudo_labels(torch.tensor([[[[.9, .4, .1, .3]], [[.2, .8, .2, .3]]]]), [4, 7], 0.25, 0.5)
+    tensor([[[  5,   8,   0, 255]]], dtype=torch.uint8)
+    """
+    if not 0 <= lo <= hi <= 1 or max(classes, default=0) > 253:
+        raise ValueError(f"want 0 <= lo <= hi <= 1, classes <= 253; got {lo}, {hi}, {classes}")
+    if len(classes) == 0:
+        return torch.zeros_like(maps.sum(1), dtype=torch.uint8)
+    best, p = maps.max(1)  # (B,H,W) each
+    index = torch.as_tensor(classes, device=maps.device)[p] + 1
+    return torch.where(best >= hi, index, torch.where(best < lo, 0, IGNORE)).to(torch.uint8)
+
+
+STAGES = (localization_maps, affinity_guided, self_guided)
+
+
+def four_stages(scores, features, image, classes, stages=STAGES, lo=LO, hi=HI, floor=1e-5):
+    """What a network says of an image becomes its dense pseudo label: the four stages in a row.
+
+    scores (B,K,h,w), the CAM scores S; features (B,C,h2,w2), F_mid; image (B,3,H,W) in [0,1];
+    classes (P,), the tagged ones. Returns the maps located, guided (B,P,h2,w2), refined (B,P,H,W),
+    all in [0,1], and the label (B,H,W) uint8. stages: any of the first three may be a function of
+    your own (later rounds: head_maps, with the logits Z for scores); None leaves stage 2 or 3 out.
+    """
+    locate, guide, transfer = stages
+    located = locate(up(scores, features.shape[-2:]), classes)  # (B,P,h2,w2)
+    guided = stretched(guide(located, features) if guide else located, floor)  # (B,P,h2,w2)
+    refined = transfer(guided, image) if transfer else up(guided, image.shape[-2:])  # (B,P,H,W)
+    return located, guided, refined, pseudo_labels(refined, classes, lo, hi)
+
+
+# ---- the numerics that the stages stand on -------------------------------------------------------
+
+
+def up(x, size):
+    """Bilinear x (B,C,h,w) -> (B,C,*size), corners on corners, as sizes 16n+1 and their grids
+    want."""
+    if x.shape[1] == 0:  # a photo without a tag has no maps
+        return x.new_zeros(*x.shape[:2], *size)
+    return F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+
+def guided_filter(p, I, radius, eps):
+    """q_i = mean(a)_i . I_i + mean(b)_i: He, Sun & Tang's guided filter, maps and image on one
+    grid.
+
+    p (B,P,H,W); I (B,3,H,W) in [0,1]. Returns (B,P,H,W), not clamped. Small eps: the image speaks;
+    large eps, or a flat image: a box mean, twice. ValueError as `guided_coefficients`.
+
+    Worked example: a black and a white pixel, p = (0.2, 0.8), one window. Every colour has variance
+    1/4 and covariance 0.15 with p: a = 0.15 / (3/4 + eps) for each. With eps = 3/4 that is 0.1, and
+    q = 0.5 +- 3 * 0.1 / 2; with eps near 0, q = p.
+
+    >>> picture = torch.tensor([0., 1.]).expand(1, 3, 1, 2)
+    >>> guided_filter(torch.tensor([[[[.2, .8]]]]), picture, radius=1, eps=0.75)
+    tensor([[[[0.3500, 0.6500]]]])
+    """
+    return affine(*guided_coefficients(p, I, radius, eps), I)
+
+
+def guided_coefficients(p, I, radius, eps):
+    """In every window omega_k the result is an affine function of the colours, q_i = a_k . I_i +
+    b_k:
+
+        a_k = (Sigma_k + eps U)^-1 (mean_k(I p) - mu_k mean_k(p)),    b_k = mean_k(p) - a_k . mu_k
+
+    p (B,P,h,w) float32, the maps; I (B,3,h,w) in [0,1], the guidance image; Sigma_k, mu_k the 3x3
+    covariance and mean of I in omega_k; U the identity. Returns mean(a), (B,P,h,w) for each colour,
+    and mean(b) (B,P,h,w), over the windows that hold a pixel. Source: He, Sun & Tang, Guided Image
+    Filtering, ECCV 2010, eqs. 14-16. Raises ValueError: sizes differ, I has not 3 colours, radius <
+    0 or eps <= 0.
+    """
+    if p.shape[-2:] != I.shape[-2:] or I.shape[1] != 3 or radius < 0 or eps <= 0:
+        got = f"{tuple(p.shape)}, {tuple(I.shape)}, {radius} and {eps}"
+        raise ValueError(f"want p, I of one size, I of 3 colours, radius >= 0, eps > 0; got {got}")
+    x = torch.cat([I, p], 1)  # (B,3+P,h,w)
+    centre = x.mean((2, 3), keepdim=True)  # (B,3+P,1,1)
+    x = x - centre  # the filter is affine: centring keeps float32 sums small
+    mean = box_mean(x, radius)  # (B,3+P,h,w): mu_k, then mean_k(p)
+    a = solve3(*covariances(x, mean, radius), eps)  # 3 (B,P,h,w)
+    b = affine(a, mean[:, 3:], mean[:, :3], -1)  # (B,P,h,w)
+    a = [box_mean(a_c, radius) for a_c in a]
+    b = box_mean(b, radius) + centre[:, 3:]
+    return a, affine(a, b, centre[:, :3], -1)  # undo the centring
+
+
+def affine(a, b, I, sign=1):
+    """b + sign sum_c a_c I_c: a three (B,P,h,w), one a colour; b (B,P,h,w); I (B,3,h,w)."""
+    for c, a_c in enumerate(a):
+        b = torch.addcmul(b, a_c, I[:, c : c + 1], value=sign)
+    return b
+
+
+def minus(u, v, w):
+    """u - v w, in one pass over memory."""
+    return torch.addcmul(u, v, w, value=-1)
+
+
+def covariances(x, mean, radius):
+    """For each colour c the covariances, in every window, of x_c with x_c, x_(c+1), ... and the
+    maps: x (B,3+P,h,w), colours, then maps; mean its box mean. Returns three tensors
+    (B,3-c+P,h,w)."""
+    rows = []
+    for c in range(3):
+        product = box_mean(x[:, c : c + 1] * x[:, c:], radius)
+        rows.append(minus(product, mean[:, c : c + 1], mean[:, c:]))
+    return rows
+
+
+def solve3(row0, row1, row2, eps):
+    """a of (Sigma + eps U) a = c in every window, from the rows that `covariances` returns:
+    Sigma + eps U = L diag(d) L^T with L = [1; l10 1; l20 l21 1], then forward and back. Exact
+    pivots d are never below eps, float32's may be: hence the clamps. (torch.linalg.solve wants
+    the matrices gathered first.)"""
+    s00, s01, s02, c0 = row0.tensor_split((1, 2, 3), 1)  # s (B,1,h,w), c (B,P,h,w)
+    s11, s12, c1 = row1.tensor_split((1, 2), 1)
+    s22, c2 = row2.tensor_split((1,), 1)
+    d0 = (s00 + eps).clamp_min(eps)
+    l10 = s01 / d0
+    l20 = s02 / d0
+    d1 = minus(s11 + eps, l10, s01).clamp_min(eps)
+    l21 = minus(s12, l10, s02) / d1
+    d2 = minus(minus(s22 + eps, l20, s02), l21**2, d1).clamp_min(eps)
+    c1 = minus(c1, l10, c0)
+    a2 = minus(minus(c2, l20, c0), l21, c1) / d2
+    a1 = minus(c1 / d1, l21, a2)
+    return [minus(minus(c0 / d0, l10, a1), l20, a2), a1, a2]
+
+
+def box_mean(x, radius):
+    """Mean over the (2r+1)^2 window around each pixel, cut at the border, divided by its pixels: x
+    (B,C,H,W) -> (B,C,H,W), radius >= 0. Running sums cost the same for every radius, which torch's
+    pooling does not; the memory is linear in the pixels.
 
     >>> box_mean(torch.tensor([[[[1., 2., 6.]]]]), radius=1)
     tensor([[[[1.5000, 3.0000, 4.0000]]]])
     """
-    counts = []                                                    # floats: dividing by integers takes several times as long
+    counts = []
     for dim in (2, 3):
-        n, total = x.shape[dim], x.cumsum(dim)                     # sum up to i; the window is total[i + r] - total[i - r - 1]
-        r, i = min(radius, n - 1), torch.arange(n, device=x.device, dtype=x.dtype)
-        end = total.narrow(dim, n - 1, 1).expand(*x.shape[:dim], r, *x.shape[dim + 1:])
+        n = x.shape[dim]
+        r = min(radius, n - 1)
+        total = x.cumsum(dim)  # up to i; the window's sum is total[i + r] - total[i - r - 1]
+        last = total.narrow(dim, n - 1, 1)
+        end = last.expand(*x.shape[:dim], r, *x.shape[dim + 1 :])  # nothing beyond the border
         x = torch.cat([total.narrow(dim, r, n - r), end], dim)
         x.narrow(dim, r + 1, n - r - 1).sub_(total.narrow(dim, 0, n - r - 1))
+        i = torch.arange(n, device=x.device, dtype=x.dtype)  # floats: dividing by integers is slow
         counts.append((i + r).clamp_max(n - 1) - (i - r).clamp_min(0) + 1)
     return x.div_(counts[0][:, None]).div_(counts[1])
-
-def affine(a, b, I, sign=1):
-    """b + sign a . I = b + sign sum_c a_c I_c: a yields one (B,K,h,w) for each colour c of I (B,3,h,w); b (B,K,h,w)."""
-    for c, a_c in enumerate(a):
-        b = torch.addcmul(b, a_c, I[:, c:c + 1], value=sign)
-    return b
-
-def guided_coefficients(p, I, radius, eps):
-    """In every window omega_k the result is an affine function of the colours, q_i = a_k . I_i + b_k, fitted to p:
-
-        a_k = (Sigma_k + eps U)^-1 (mean_k(I p) - mu_k mean_k(p)),    b_k = mean_k(p) - a_k . mu_k
-
-    p (B,K,h,w) float32, the maps; I (B,3,h,w) in [0,1], the guidance image; Sigma_k, mu_k the 3x3 covariance and mean of I
-    in omega_k; U the identity. Returns mean(a), (B,K,h,w) for each colour, and mean(b) (B,K,h,w), over the windows that hold a pixel.
-    Source: He, Sun & Tang, Guided Image Filtering, ECCV 2010, eqs. 14-16. Raises ValueError: sizes differ, I has not 3 colours, radius < 0
-    or eps <= 0.
-    """
-    if p.shape[-2:] != I.shape[-2:] or I.shape[1] != 3 or radius < 0 or eps <= 0:
-        raise ValueError(f"want p {tuple(p.shape)} and I {tuple(I.shape)} of one size, I of 3 colours, radius >= 0 and eps > 0")
-    x = torch.cat([I, p], 1)                                       # (B,3+K,h,w)
-    centre = x.mean((2, 3), keepdim=True)                          # (B,3+K,1,1)
-    x = x - centre                                                 # the filter is affine: centring keeps float32 sums small
-    mean = box_mean(x, radius)                                     # (B,3+K,h,w): mu_k, then mean_k(p)
-    minus = lambda u, v, w: torch.addcmul(u, v, w, value=-1)       # u - v w in one pass over memory
-    cov = lambda c: minus(box_mean(x[:, c:c + 1] * x[:, c:], radius), mean[:, c:c + 1], mean[:, c:])   # of channel c with c, c + 1, ...
-    s00, s01, s02, c0 = cov(0).tensor_split((1, 2, 3), 1)          # Sigma, symmetric, (B,1,h,w) each,
-    s11, s12, c1 = cov(1).tensor_split((1, 2), 1)                  # and the right-hand side, (B,K,h,w) each
-    s22, c2 = cov(2).tensor_split((1,), 1)
-    d0 = (s00 + eps).clamp_min(eps)                                # Sigma + eps U = L diag(d) L^T, L = [1; l10 1; l20 l21 1];
-    l10, l20 = s01 / d0, s02 / d0                                  # exact pivots d are never below eps, float32's may be
-    d1 = minus(s11 + eps, l10, s01).clamp_min(eps)
-    l21 = minus(s12, l10, s02) / d1
-    d2 = minus(minus(s22 + eps, l20, s02), l21 ** 2, d1).clamp_min(eps)
-    c1 = minus(c1, l10, c0)                                        # forward with L, then back with L^T
-    a2 = minus(minus(c2, l20, c0), l21, c1) / d2
-    a1 = minus(c1 / d1, l21, a2)
-    a = [minus(minus(c0 / d0, l10, a1), l20, a2), a1, a2]          # (B,K,h,w) each
-    b = affine(a, mean[:, 3:], mean[:, :3], -1)                    # (B,K,h,w)
-    a, b = [box_mean(m, radius) for m in a], box_mean(b, radius)
-    return a, affine(a, b + centre[:, 3:], centre[:, :3], -1)      # undo the centring
-
-def guided_filter(p, I, radius, eps):
-    """q_i = mean(a)_i . I_i + mean(b)_i: He, Sun & Tang's guided filter; p (B,K,H,W), I (B,3,H,W) in [0,1] on one grid.
-    Returns (B,K,H,W), not clamped. Small eps: the image speaks; large eps, or a flat image: a box mean, twice. ValueError as above.
-
-    Worked example: a black and a white pixel, p = (0.2, 0.8), one window. Every colour has variance 1/4 and covariance 0.15 with p:
-    a = 0.15 / (3/4 + eps) for each. With eps = 3/4 that is 0.1, and q = 0.5 +- 3 * 0.1 / 2; with eps near 0, q = p.
-
-    >>> guided_filter(torch.tensor([[[[.2, .8]]]]), torch.tensor([0., 1.]).expand(1, 3, 1, 2), radius=1, eps=0.75)
-    tensor([[[[0.3500, 0.6500]]]])
-    """
-    a, b = guided_coefficients(p, I, radius, eps)                  # 3 (B,K,H,W), (B,K,H,W)
-    return affine(a, b, I)
-
-def up(x, size):
-    """Bilinear x (B,C,h,w) -> (B,C,*size) with corners on corners, as sizes 16n+1 and strides 4, 8, 16 want it."""
-    return F.interpolate(x, size, mode="bilinear", align_corners=True)
-
-def self_guided(maps, image, radius=6, eps=1e-5):
-    """q_i = clamp(up(mean(a))_i . I_i + up(mean(b))_i, 0, 1): the training image itself guides its maps to full resolution.
-
-    The coefficients are fitted on the maps' own grid, to the image averaged down to it; the maps are never upsampled, only the
-    coefficients are, and every edge in q comes from the image's own pixels (Fast Guided Filter, He & Sun 2015). Averaging
-    puts cells up to half a cell beside the maps' nodes at the border: as good as exact alignment where measured.
-
-    maps (B,K,h,w) in [0,1]; image (B,3,H,W) in [0,1]; radius in cells of the maps' grid. Returns (B,K,H,W) in [0,1]; a map that
-    is zero everywhere stays zero. Source: abstract, sentence 7. That the paper's refinement is this filter is our reading
-    of its wording, not a fact; radius and eps chosen on our VOC subset's training masks, then frozen. ValueError as above.
-
-    Worked example: a map of two cells and a picture of four pixels, two black, two white: the edge is the picture's.
-
-    >>> self_guided(torch.tensor([[[[.2, .8]]]]), torch.tensor([0., 0., 1., 1.]).expand(1, 3, 1, 4), radius=1)
-    tensor([[[[0.2000, 0.2000, 0.8000, 0.8000]]]])
-    """
-    size, small = image.shape[-2:], F.interpolate(image, maps.shape[-2:], mode="area")   # (B,3,h,w)
-    a, b = guided_coefficients(maps, small, radius, eps)           # 3 (B,K,h,w), (B,K,h,w)
-    return affine((up(m, size) for m in a), up(b, size), image).clamp(0, 1)   # (B,K,H,W)
-
-# ---- 4. maps -> pseudo labels ------------------------------------------------------------------------------------------
-def pseudo_labels(maps, labels, lo, hi):
-    """Class argmax_k M_k where max_k M_k > hi; background 0 where max_k M_k < lo; 255 (ignored by the loss) between.
-
-    maps (B,K,H,W) in [0,1]; labels (B,K) in {0,1}; 0 <= lo <= hi <= 1. Returns (B,H,W) uint8 with 0 background, k+1 class
-    k, 255 ignore. Classes absent from the tags can never appear. Source: abstract, sentence 8; the ignored band as in
-    AffinityNet/IRN (Ahn & Kwak 2018; Ahn et al. 2019). Raises ValueError when the thresholds are out of order.
-
-    >>> pseudo_labels(torch.tensor([[[[.9, .4, .1]], [[.2, .8, .3]]]]), torch.tensor([[1, 0]]), 0.25, 0.5)
-    tensor([[[  1, 255,   0]]], dtype=torch.uint8)
-    """
-    if not 0 <= lo <= hi <= 1:
-        raise ValueError(f"want 0 <= lo <= hi <= 1, got lo {lo} and hi {hi}")
-    best, k = (maps * labels[:, :, None, None]).max(1)             # (B,H,W)
-    return torch.where(best > hi, k + 1, torch.where(best < lo, 0, IGNORE)).to(torch.uint8)

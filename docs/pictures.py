@@ -1,33 +1,64 @@
-"""The README's pictures: python docs/pictures.py RUN PHOTO=TAG[,TAG] ... OUT.png
+"""The README's picture: python docs/pictures.py RUN PHOTO=TAG[,TAG] ... OUT.png
 
-One row a tagged class: photo | localization map | + affinity | + self-guided | pseudo label | prediction, through the
-checkpoint in RUN. The README's photos are chelsea.png (CC0) and astronaut.png (public domain) of the scikit-image wheel:
-pip download --no-deps scikit-image && unzip -j scikit_image-*.whl skimage/data/chelsea.png skimage/data/astronaut.png
+One row a tag: photo | localization map | + affinity | + self-guided | pseudo label | prediction,
+as the last network of RUN gives them. The README's photos are chelsea.png (CC0) and astronaut.png
+(public domain) of the scikit-image wheel: pip download --no-deps scikit-image && unzip -j
+scikit_image-*.whl skimage/data/chelsea.png skimage/data/astronaut.png
 """
+
+import argparse
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
 import train
-from data import read_image
+from data import InputError, need
+from sgseg import SGSeg
+
+
+def read_config(folder):
+    """The Config of a run folder. Raises InputError."""
+    path = folder / "config.json"
+    text = data.read_text(path)
+    with data.refusing(f"{path}: not of this version", "expected a run's; give another folder"):
+        return train.Config(**json.loads(text)["config"])
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    parser.add_argument("photos", metavar="PHOTO=TAG[,TAG]", nargs="+", help="photo and its tags")
+    parser.add_argument("out", metavar="OUT.png", help="the picture to write")
+    given = parser.parse_args()
+    net = SGSeg.load(given.run)
+    cfg = read_config(given.run)
+    classes = net.classes[1:]
+    paths = []
+    tags = torch.zeros(len(given.photos), len(classes))
+    for n, argument in enumerate(given.photos):
+        path, _, words = argument.rpartition("=")
+        fault = f"{argument}: tagged {words or 'nothing'}; expected some of {' '.join(classes)}"
+        need(path and set(words.split(",")) <= set(classes), f"{fault}; correct it")
+        paths.append(path)
+        for word in words.split(","):
+            tags[n, classes.index(word)] = 1
+    photos = SimpleNamespace(image_paths=paths, classes=classes, tags=tags, mask_paths=None)
+    run = SimpleNamespace(net=net, cfg=cfg, val=None)  # what `panel` looks at
+    rows = []
+    for n in range(len(paths)):
+        rows += train.panel(run, photos, n, cfg.rounds)
+    data.write(given.out, data.sheet(rows))
+    print("written", given.out)
+
 
 if __name__ == "__main__":
-    if len(sys.argv) < 4:
-        sys.exit(__doc__)
-    folder, *photos, out = sys.argv[1:]
-    state, stored = train.load_run(folder)
-    cfg, classes = train.configure({}, folder, stored), state["classes"]
-    net, sheets = train.build(cfg, classes, state), []
-    for argument in photos:
-        photo, _, tags = argument.partition("=")
-        if set(tags.split(",")) - set(classes):
-            sys.exit(f"{argument}: expected tags among {' '.join(classes)}")
-        y = torch.tensor([float(name in tags.split(",")) for name in classes])
-        sheets.append(train.panel(net, read_image(photo), y, classes, cfg, cfg.rounds + 1))
-    sheet = Image.fromarray(np.concatenate(sheets))
-    sheet.crop((0, 0, sheet.width * 6 // 7, sheet.height)).save(out, optimize=True)   # no ground truth: the last column is empty
-    print("written", out)
+    try:
+        main()
+    except InputError as fault:
+        sys.exit(f"pictures.py: {fault}")

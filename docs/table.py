@@ -1,8 +1,11 @@
-"""The README's result tables from finished runs: python docs/table.py RUN ...
+"""The result tables of docs/RESULTS.md, from finished runs: python docs/table.py RUN ...
 
-One run: every stage, every round. Several: the headline figures of each, and their mean and standard deviation. Outside VOC, where
-there is no core-7, the headline figures are mIoU.
+One run: every row of its results.json, and what metrics.jsonl says of every round. Several: the
+headline figures of each, then their mean and standard deviation. In %: core-7 where the classes
+are VOC's, else mIoU.
 """
+
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -10,58 +13,99 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import CORE
+from data import CORE, InputError, need, read_text, refusing
+
+
+def read_run(folder):
+    """results.json, {name of a row: scores}, and the rows of metrics.jsonl. Raises InputError."""
+    fix = "expected a run of this version; python train.py --eval RUN"
+    results = read_text(folder / "results.json")
+    metrics = read_text(folder / "metrics.jsonl")
+    with refusing(f"{folder}: its results cannot be read", fix):
+        results = json.loads(results)
+        metrics = [json.loads(line) for line in metrics.splitlines()]
+    scored = all(isinstance(s, dict) and "decided" in s for s in results.values())
+    need(scored, f"{folder}: results of another version; {fix}")
+    return results, metrics
+
 
 def percent(x):
     """0.1234 -> 12.3; empty for None."""
     return "" if x is None else f"{100 * x:.1f}"
 
-def labels(results):
-    """{"labels of round 1": their summary, ...}"""
-    return {f"labels of round {name.removeprefix('round')}": s for name, s in results["labels"].items()}
+
+def print_table(heads, rows):
+    """A markdown table of texts."""
+    for row in (heads, ["---"] * len(heads), *rows):
+        print(f"| {' | '.join(row)} |")
+
+
+def core(miou, core7):
+    """core-7, or mIoU where there is none."""
+    return miou if core7 is None else core7
+
 
 def one(folder):
-    """Print the table of stages and the table of rounds of one run."""
-    results = json.loads((folder / "results.json").read_text())
-    rows = {f"train, {name}": s for name, s in (results["train"] or {}).items()}
-    rows |= {f"train, {name}": s for name, s in labels(results).items()} | {"val, segmentation head": results["val"]["seg"]}
-    columns = sorted(CORE)
-    print("| | core-7 | mIoU | peak core-7 (threshold) | mIoU there | " + " | ".join(columns) + " |\n|" + "---|" * (5 + len(columns)))
-    for name, s in rows.items():
-        if not s:
-            continue
-        peak = s.get("peak")
-        print(f"| {name} | {percent(s['core'])} | {percent(s['miou'])} | " +
-              (f"{percent(peak['core'])} ({peak['threshold']:.2f}) | {percent(peak['miou'])} | " if peak else "| | ") +
-              " | ".join(percent(s["iou"].get(k)) for k in columns) + " |")
-    print("\n| round | val core-7 | val mIoU |\n|---|---|---|")
-    for m in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
-        if "val_core" in m:
-            print(f"| {m['round']} | {percent(m['val_core'])} | {percent(m['val_miou'])} |")
+    """Print the scores of every stage of a run, then a line a round."""
+    results, metrics = read_run(folder)
+    names = list(dict.fromkeys(name for s in results.values() for name in s["iou"]))
+    has_core = any(s["core"] is not None for s in results.values())
+    names = sorted(CORE) if has_core else names
+    rows = []
+    for row, s in results.items():
+        values = [s["core"], s["miou"], s["decided"], *(s["iou"].get(name) for name in names)]
+        rows.append([row, *(percent(x) for x in values)])
+    if rows:
+        print_table(["", "core-7", "mIoU", "decided", *names], rows)
+        print()
+    rounds = {}
+    for m in metrics:
+        rounds.setdefault(m.get("round"), {}).update(m)
+    keys = ("undecided", "background", "val_core", "val_miou")
+    rows = [[str(r), *(percent(m.get(key)) for key in keys)] for r, m in rounds.items() if r]
+    print_table(["round", "labels: undecided", "background", "val core-7", "val mIoU"], rows)
+
 
 def headline(folder):
-    """Peak core of the raw and of the refined maps, core of every round's labels, val core after each round, val mIoU."""
-    results = json.loads((folder / "results.json").read_text())
-    core = lambda s: s["miou"] if s["core"] is None else s["core"]
-    maps = {f"{text} maps, peak": core(results["train"][name]["peak"]) for text, name in (("raw", "cam"), ("refined", "self_guided"))
-            if results["train"]}
-    rounds = [core({"miou": m["val_miou"], "core": m["val_core"]})
-              for m in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "val_core" in m]
-    return {**maps, **{name: core(s) for name, s in labels(results).items()},
-            **{f"val after round {n}": x for n, x in enumerate(rounds, 1)},
-            **({"val mIoU": results["val"]["seg"]["miou"]} if results["val"]["seg"] else {})}
+    """{"train cam": x, ..., "labels round1": x, "val round1": x, "val mIoU": x} of one run."""
+    results, metrics = read_run(folder)
+    figures = {name: core(s["miou"], s["core"]) for name, s in results.items() if name != "val seg"}
+    for m in metrics:
+        if m["what"] == "val":
+            figures[f"val round{m['round']}"] = core(m["val_miou"], m["val_core"])
+    if "val seg" in results:
+        figures["val mIoU"] = results["val seg"]["miou"]
+    return figures
+
+
+def several(folders):
+    """Print the headline figures of runs, a line each, and the mean where every run has one."""
+    runs = [headline(folder) for folder in folders]
+    names = list(dict.fromkeys(name for run in runs for name in run))
+    rows = []
+    for folder, run in zip(folders, runs):
+        rows.append([folder.name, *(percent(run.get(name)) for name in names)])
+    last = ["mean ± deviation"]
+    for name in names:
+        x = [run[name] for run in runs if name in run]
+        full = len(x) == len(runs)
+        last.append(f"{percent(np.mean(x))} ± {percent(np.std(x, ddof=1))}" if full else "")
+    print_table(["in %", *names], [*rows, last])
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("run", nargs="+", type=Path, help="folder of a finished run")
+    runs = parser.parse_args().run
+    if len(runs) == 1:
+        one(runs[0])
+    else:
+        several(runs)
+
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    folders = [Path(name) for name in sys.argv[1:]]
-    if len(folders) == 1:
-        one(folders[0])
-    else:
-        rows = [headline(folder) for folder in folders]
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        print("| core-7 | " + " | ".join(names) + " |\n|" + "---|" * (1 + len(names)))
-        for folder, row in zip(folders, rows):
-            print(f"| {folder.name} | " + " | ".join(percent(row.get(name)) for name in names) + " |")
-        spread = lambda x: f"{100 * np.mean(x):.1f} ± {100 * np.std(x, ddof=1):.1f}" if len(x) == len(rows) and None not in x else ""
-        print("| mean ± deviation | " + " | ".join(spread([row[name] for row in rows if name in row]) for name in names) + " |")
+    try:
+        main()
+    except InputError as fault:
+        sys.exit(f"table.py: {fault}")

@@ -1,49 +1,58 @@
 """Wall time of an update epoch against bare steps: python docs/update.py RUN
 
-Bare: forward, backward and optimizer step of the same network on one batch already in memory. Epoch: what `train.py` does
-with the pseudo labels of RUN's last round, from loading the images on. Neither is saved. For a CPU: the bare steps know no autocast.
+Bare: `train.update_step` of the run's network at rate 0 on one batch already in memory. Epoch:
+the last one of RUN's last round, from loading the images on. Neither is saved.
 """
+
+import argparse
 import sys
 import time
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
+from data import InputError, need
+
+
+def bare(run, batch, steps):
+    """Seconds of `steps` steps on one batch."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        train.update_step(run, batch, 0.0, "a bare step")
+    return time.perf_counter() - start
+
+
+def nothing():
+    """In place of run.save: what is measured is thrown away."""
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run")
+    folder = parser.parse_args().run
+    run = train.reopen(folder, {"workers": -1}, ("workers",))  # loaders: this machine's default
+    run.save = nothing
+    r = run.cfg.rounds
+    end = train.epochs_before(run.cfg, r + 1)
+    need(r and run.epoch == end, f"{folder}: expected a finished run with a round; --resume it")
+    run.epoch = end - 1  # one epoch is left to do
+    loader = train.batches(run, r, run.epoch)
+    batch = next(iter(loader))
+    run.net.train()
+    run.net.backbone.train(run.cfg.weights == "none")
+    bare(run, batch, 3)
+    before = bare(run, batch, len(loader))
+    start = time.perf_counter()
+    train.update(run, r)
+    epoch = time.perf_counter() - start
+    after = bare(run, batch, len(loader))  # before and after: clocks drift
+    print(f"{len(loader)} steps of {loader.batch_size}: update epoch {epoch:.1f} s; bare "
+          f"{before:.1f} and {after:.1f} s; ratio {2 * epoch / (before + after):.2f}")  # fmt: skip
+
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    state, stored = train.load_run(sys.argv[1])
-    cfg = train.configure({"workers": -1}, sys.argv[1], stored)    # the default of this machine, whatever RUN was given
-    run = train.Run(cfg, state)
-    cfg.epochs = 1                                                 # one epoch of the last round
-    run.at.update(round=cfg.rounds, epoch=cfg.warmup + cfg.rounds - 1, step=0)
-    run.save = lambda: None
-    steps = len(run.voc.ids) // cfg.batch
-    x, y, labels, _ = next(iter(train.batches(run, cfg.batch)))
-    x = x.to(cfg.device, memory_format=torch.channels_last)
-    run.net.train()
-    run.net.backbone.eval()
-
-    def bare(count):
-        start = time.perf_counter()
-        for _ in range(count):
-            L_cls, L_seg = train.losses(run.net, x, y.to(cfg.device), labels.to(cfg.device))
-            run.opt.zero_grad()
-            (L_cls + L_seg).backward()
-            for group in run.opt.param_groups:
-                group["lr"] = 0.0                                  # the same work, and the network stays as it is
-            run.opt.step()
-        return time.perf_counter() - start
-    bare(3)
-    times = []
-    for n in range(2):                                             # one before, one after: clocks drift
-        times.append(bare(steps))
-        if n == 0:
-            start = time.perf_counter()
-            train.update(run)
-            epoch = time.perf_counter() - start
-    print(f"{steps} steps of {cfg.batch}: update epoch {epoch:.1f} s; bare {times[0]:.1f} and {times[1]:.1f} s; "
-          f"ratio {2 * epoch / sum(times):.2f}")
+    try:
+        main()
+    except InputError as fault:
+        sys.exit(f"update.py: {fault}")
