@@ -75,10 +75,12 @@ def affinity(features, dilations=DILATIONS, temperature=TEMPERATURE):
     The graph: each pixel i and the 8 around it at every dilation, N = 8 len(dilations) neighbours
     j; symmetric. features (B,C,h,w). Returns A (B,hw,N) in [0,1], 0 where j would leave the grid,
     and index (hw,N) int64, the pixel j. Our choice: the cosine as in SEAM (Wang et al. 2020), the
-    graph as in PAMR (Araslanov & Roth 2020). Raises ValueError for temperature <= 0.
+    graph as in PAMR (Araslanov & Roth 2020). Features that differ from their mean by less than 1e-5
+    of the largest count as equal to it, which is rounding. Raises ValueError for temperature <
+    0.03, where exp() leaves float32.
     """
-    if temperature <= 0:
-        raise ValueError(f"want temperature > 0, got {temperature}")
+    if temperature < 0.03:
+        raise ValueError(f"want temperature >= 0.03, got {temperature}")
     h, w = features.shape[-2:]
     steps = torch.tensor(dilations)[:, None, None] * torch.tensor(DIRECTIONS)  # (dilations,8,2)
     dy, dx = steps.flatten(0, 1).to(features.device).T  # (N,) each
@@ -88,7 +90,8 @@ def affinity(features, dilations=DILATIONS, temperature=TEMPERATURE):
     inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)
     index = y.clamp(0, h - 1) * w + x.clamp(0, w - 1)
     f = features - features.mean((2, 3), keepdim=True)
-    f = F.normalize(f.flatten(2), dim=1).transpose(1, 2)  # (B,hw,C)
+    rounding = max(1e-12, 1e-5 * float(features.detach().abs().max()))
+    f = F.normalize(f.flatten(2), dim=1, eps=rounding).transpose(1, 2)  # (B,hw,C)
     cos = torch.stack([(f * f[:, j]).sum(-1) for j in index.T], -1)  # (B,hw,N); memory stays linear
     return ((cos - 1) / temperature).exp() * inside, index  # -1: cancels in T, keeps exp() small
 
@@ -107,7 +110,7 @@ def affinity_guided(maps, features, strength=STRENGTH, steps=STEPS, temperature=
     maps (B,P,h,w) in [0,1]; features (B,C,h,w); strength is lambda >= 0. Returns (B,P,h,w) in
     [0,1]. Source: abstract, sentence 6; the walk after AffinityNet (Ahn & Kwak 2018), whose
     affinities a second network learns: here they are read off the one network's features. Raises
-    ValueError when batch or grid differ, strength < 0 or temperature <= 0.
+    ValueError when batch or grid differ, strength < 0 or temperature < 0.03.
 
     Worked example: two pixels, each the other's only neighbour (T is the same for every A_12),
     lambda = 1, M0 = (1, 0): one step gives (1 + 0, 0 + 1) / 2 = (0.5, 0.5), the next (1 + 0.5, 0 +
@@ -258,21 +261,20 @@ def guided_coefficients(p, I, radius, eps):
     p (B,P,h,w) float32, the maps; I (B,3,h,w) in [0,1], the guidance image; Sigma_k, mu_k the 3x3
     covariance and mean of I in omega_k; U the identity. Returns mean(a), (B,P,h,w) for each colour,
     and mean(b) (B,P,h,w), over the windows that hold a pixel. Source: He, Sun & Tang, Guided Image
-    Filtering, ECCV 2010, eqs. 14-16. Raises ValueError: sizes differ, I has not 3 colours, radius <
-    0 or eps <= 0.
+    Filtering, ECCV 2010, eqs. 14-16. Computed in float64: within 1e-5 of the definition for every
+    radius, up to 2048x2048. Raises ValueError: sizes differ, I has not 3 colours or leaves [0,1],
+    radius < 0 or eps < 1e-9.
     """
-    if p.shape[-2:] != I.shape[-2:] or I.shape[1] != 3 or radius < 0 or eps <= 0:
+    if p.shape[-2:] != I.shape[-2:] or I.shape[1] != 3 or radius < 0 or eps < 1e-9:
         got = f"{tuple(p.shape)}, {tuple(I.shape)}, {radius} and {eps}"
-        raise ValueError(f"want p, I of one size, I of 3 colours, radius >= 0, eps > 0; got {got}")
-    x = torch.cat([I, p], 1)  # (B,3+P,h,w)
-    centre = x.mean((2, 3), keepdim=True)  # (B,3+P,1,1)
-    x = x - centre  # the filter is affine: centring keeps float32 sums small
+        raise ValueError(f"want one size, I of 3 colours, radius >= 0, eps >= 1e-9; got {got}")
+    if I.min() < -1e-3 or I.max() > 1 + 1e-3:
+        raise ValueError(f"want a guidance image in [0,1], got {I.min():.3g} to {I.max():.3g}")
+    x = torch.cat([I, p], 1).double()  # (B,3+P,h,w); float32 cannot tell a variance of 1e-7
     mean = box_mean(x, radius)  # (B,3+P,h,w): mu_k, then mean_k(p)
     a = solve3(*covariances(x, mean, radius), eps)  # 3 (B,P,h,w)
     b = affine(a, mean[:, 3:], mean[:, :3], -1)  # (B,P,h,w)
-    a = [box_mean(a_c, radius) for a_c in a]
-    b = box_mean(b, radius) + centre[:, 3:]
-    return a, affine(a, b, centre[:, :3], -1)  # undo the centring
+    return [box_mean(a_c, radius).to(p.dtype) for a_c in a], box_mean(b, radius).to(p.dtype)
 
 
 def affine(a, b, I, sign=1):
@@ -300,18 +302,17 @@ def covariances(x, mean, radius):
 
 def solve3(row0, row1, row2, eps):
     """a of (Sigma + eps U) a = c in every window, from the rows that `covariances` returns:
-    Sigma + eps U = L diag(d) L^T with L = [1; l10 1; l20 l21 1], then forward and back. Exact
-    pivots d are never below eps, float32's may be: hence the clamps. (torch.linalg.solve wants
-    the matrices gathered first.)"""
+    Sigma + eps U = L diag(d) L^T with L = [1; l10 1; l20 l21 1], then forward and back; no pivot
+    d is below eps. (torch.linalg.solve wants the matrices gathered first.)"""
     s00, s01, s02, c0 = row0.tensor_split((1, 2, 3), 1)  # s (B,1,h,w), c (B,P,h,w)
     s11, s12, c1 = row1.tensor_split((1, 2), 1)
     s22, c2 = row2.tensor_split((1,), 1)
-    d0 = (s00 + eps).clamp_min(eps)
+    d0 = s00 + eps
     l10 = s01 / d0
     l20 = s02 / d0
-    d1 = minus(s11 + eps, l10, s01).clamp_min(eps)
+    d1 = minus(s11 + eps, l10, s01)
     l21 = minus(s12, l10, s02) / d1
-    d2 = minus(minus(s22 + eps, l20, s02), l21**2, d1).clamp_min(eps)
+    d2 = minus(minus(s22 + eps, l20, s02), l21**2, d1)
     c1 = minus(c1, l10, c0)
     a2 = minus(minus(c2, l20, c0), l21, c1) / d2
     a1 = minus(c1 / d1, l21, a2)

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read by torch: the second core is the toy run's (`toy_run`)
+os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # of the clean process below
 
 import numpy as np
 import pytest
@@ -82,7 +84,7 @@ def learnt(toy_run):
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    return make_toy(tmp_path_factory.mktemp("toy"), train=16, val=4)
+    return make_toy(tmp_path_factory.mktemp("toy"), train=16, val=2)
 
 
 @pytest.fixture
@@ -125,7 +127,7 @@ def product(run):
         "metrics": metrics,
         "results": (run / "results.json").read_text(),
         "pictures": {str(path.relative_to(run)): path.read_bytes() for path in pictures},
-        "left over": [path.name for path in run.rglob("*.tmp")],
+        "files": sorted(path.name for path in run.glob("*.*")),
     }
 
 
@@ -193,22 +195,36 @@ def alarm():
 # ---- processes of their own: forked from a clean one in which torch is already imported ----------
 
 CLEAN = multiprocessing.get_context("forkserver")
-CLEAN.set_forkserver_preload(["train"])
+CLEAN.set_forkserver_preload(["test_sgseg"])
 
 
-def begin_alone(log, argv, prepare, *args):
-    """In the child: prepare(*args), then the command line; stderr to the file log."""
-    sys.stdout = open(os.devnull, "w")
-    sys.stderr = open(log, "w")
+def train_alone(argv, prepare=None, *args):
+    """In the child: prepare(*args), then the command line."""
     if prepare:
         prepare(*args)
-    sys.exit(train.main(argv))
+    return train.main(argv)
 
 
-def alone(log, argv, prepare=None, *args):
-    """The started process of a command line. prepare: a function of this module."""
+def script_alone(argv):
+    """In the child: python SCRIPT ARGUMENT ..."""
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def logged(log, job, *args):
+    """In the child: a job, its output to a file."""
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # of loaders: as in a process begun by hand
+    sys.stdout = open(f"{log}.out", "w")
+    sys.stderr = open(log, "w")
+    sys.exit(job(*args))
+
+
+def alone(log, job, argv, *args):
+    """The started process of a job of this module; its stderr goes to log, stdout to log.out."""
     argv = [str(word) for word in argv]
-    process = CLEAN.Process(target=begin_alone, args=(str(log), argv, prepare, *args))
+    process = CLEAN.Process(target=logged, args=(str(log), job, argv, *args))
     process.start()
     return process
 
@@ -480,7 +496,7 @@ def test_guided_filter_is_exact_where_windows_are_small_and_pictures_large(
         assert eps < 1e-6  # what is too small for its arithmetic it may refuse, and says so
         return
     exact = refine.guided_filter(p.double(), I.double(), radius, eps)
-    assert (q - exact).abs().max() < 1e-3
+    assert float((q - exact).abs().max()) < 1e-3
     exact = exact[0, 0].numpy()
     colours = I[0].permute(1, 2, 0).double().numpy()
     side = 16 + 4 * radius
@@ -822,7 +838,7 @@ def test_the_photo_guides_the_answer(monkeypatch):
 def test_probabilities_sum_to_one_and_segment_is_their_argmax(finished, toy):
     net = SGSeg.load(finished)
     voc = VOC(toy, "val")
-    for path in voc.image_paths[:3]:
+    for path in voc.image_paths:
         p = net.probabilities(path)
         assert p.shape == (5, 97, 97) and torch.allclose(p.sum(0), torch.ones(97, 97), atol=1e-5)
         assert p.min() >= 0 and (p.argmax(0).numpy() == net.segment(path)).all()
@@ -939,7 +955,7 @@ def test_real_style_xml(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1", "gbk"])
 def test_xml_in_another_encoding_asks_to_be_saved_as_utf8(encoding, tmp_path):
-    name = "猫" if encoding == "gbk" else "Käse"
+    name = "飞机" if encoding == "gbk" else "Käse"
     text = f"<annotation><object><name>{name}</name></object></annotation>"
     path = tmp_path / "x.xml"
     path.write_bytes(text.encode(encoding))
@@ -990,7 +1006,7 @@ def test_devkit_is_found_from_any_level_and_train_aug_wins(toy, kit, tmp_path):
         assert len(VOC(path, "train").ids) == 16
     assert VOC(toy, "val").classes == list(data.TOY_CLASSES)
     (kit / "ImageSets/Segmentation/train_aug.txt").write_text("toy_0003\n")
-    assert VOC(kit, "train").ids == ["toy_0003"] and len(VOC(kit, "val").ids) == 4
+    assert VOC(kit, "train").ids == ["toy_0003"] and len(VOC(kit, "val").ids) == 2
     (kit / "SegmentationClassAug").mkdir()
     shutil.copy(kit / "SegmentationClass/toy_0003.png", kit / "SegmentationClassAug")
     assert VOC(kit, "train").mask_paths[0].parent.name == "SegmentationClassAug"
@@ -1083,7 +1099,9 @@ def test_pictures_show_what_they_say():
     hot = np.asarray(data.heat(grey, M)).astype(int)
     assert hot.shape == (20, 30, 3)
     assert hot[0, 0].argmax() == 2 and hot[0, 29].argmax() == 0  # blue is 0, red is 1
-    assert hot[0, 0, 0] == 40 and hot[0, 29, 0] == 40 + 76  # a darkened photo under half a red
+    assert (
+        abs(hot[0, 0, 0] - 40) <= 1 and abs(hot[0, 29, 0] - 116) <= 1
+    )  # a darkened photo under half a red
     label = np.zeros((20, 30), np.uint8)
     label[:, 15:] = 1
     label[10:, 15:] = 255
@@ -1210,7 +1228,7 @@ def test_masks_that_are_black_and_white_are_refused(kit):
         mask = np.array(Image.open(path))
         Image.fromarray(np.where(mask > 0, 255, 0).astype(np.uint8)).save(path)
     said = refused(partial(VOC(kit, "val").scan, masks=True))
-    assert "4 of 4" in said and "255" in said and VAL in said
+    assert "2 of 2" in said and "255" in said and VAL in said
 
 
 def test_masks_of_another_class_order_are_refused(kit):
@@ -1218,7 +1236,7 @@ def test_masks_of_another_class_order_are_refused(kit):
         mask = np.array(Image.open(path))
         data.palette_image(np.where((mask > 0) & (mask < 255), 5 - mask, mask)).save(path)
     said = refused(partial(VOC(kit, "val").scan, masks=True))
-    assert "masks" in said and re.search(r"\b[34] of 4", said)
+    assert "masks" in said and "2 of 2" in said
 
 
 def test_one_mask_that_contradicts_its_tags_is_the_photos_own_matter(kit):
@@ -1228,11 +1246,10 @@ def test_one_mask_that_contradicts_its_tags_is_the_photos_own_matter(kit):
 
 
 def test_missing_val_masks_are_named_and_counted(kit, tmp_path, capsys):
-    for name in ("toy_0017", "toy_0019"):
-        (kit / f"SegmentationClass/{name}.png").unlink()
+    (kit / "SegmentationClass/toy_0017.png").unlink()
     assert train.main(options(kit, tmp_path / "run")) == 2
     said = complaint(capsys)
-    assert "2 of 4" in said and "toy_0017 toy_0019" in said
+    assert "1 of 2" in said and "toy_0017" in said and VAL not in said
     for path in (kit / "SegmentationClass").glob("*.png"):
         path.unlink()
     VOC(kit, "val").scan(masks=True)  # none at all: a devkit without masks
@@ -1659,7 +1676,7 @@ def test_scores_of_a_run_by_hand(finished, toy):
     val = VOC(toy, "val")
     cases["val seg"] = [SGSeg.load(finished).segment(path) for path in val.image_paths]
     for name, labels in cases.items():
-        at = [val.mask(i, (97, 97)) for i in range(4)] if name == "val seg" else truths
+        at = [val.mask(i, (97, 97)) for i in range(2)] if name == "val seg" else truths
         iou, decided = scores_by_hand(at, labels)
         assert list(results[name]["iou"].values()) == pytest.approx(iou)
         assert results[name]["miou"] == pytest.approx(np.mean(iou))
@@ -1765,7 +1782,7 @@ def test_killed_at_random_moments_and_resumed_equals_never_stopped(toy, finished
     argv = options(toy, out)
     for _ in range(3):
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        process = alone(tmp_path / "log", argv)
+        process = alone(tmp_path / "log", train_alone, argv)
         while process.is_alive():  # until it trains
             if checkpoint.exists() and checkpoint.stat().st_mtime_ns > before:
                 break
@@ -1809,10 +1826,10 @@ def every_write(tmp_path_factory):
         out = folder / f"run{n}"
         log = folder / f"log{n}"
         argv = options(kit, out, *more)
-        assert ended(alone(log, argv, die_at_write, n)) == 99
+        assert ended(alone(log, train_alone, argv, die_at_write, n)) == 99
         saved = (out / "checkpoint.pt").exists()
         again = ["--out", out, "--resume", "--device", "cpu"] if saved else argv
-        status = ended(alone(log, again))
+        status = ended(alone(log, train_alone, again))
         return saved, status, differing(whole, product(out)) if status == 0 else log.read_text()
 
     with ThreadPoolExecutor(2) as pool:
@@ -1924,7 +1941,8 @@ def kill_the_loader():
 )
 def test_what_happens_to_a_loader_process_ends_the_run(prepare, args, word, kit, tmp_path):
     log = tmp_path / "log"
-    process = alone(log, options(kit, tmp_path / "run", "--workers", 1), prepare, *args)
+    argv = options(kit, tmp_path / "run", "--workers", 1)
+    process = alone(log, train_alone, argv, prepare, *args)
     assert ended(process, 30) == 2, log.read_text()
     said = log.read_text()
     assert said.count("\n") == 1 and word in said and said.startswith("sgseg: ")
@@ -2410,6 +2428,7 @@ def fuzz(kit, count, seed=0):
         kind = list(readers)[n % 4]
         path, reader = readers[kind]
         bad = path.with_name("mutated")
+        bad.unlink(missing_ok=True)  # some disks wait when a file is overwritten
         bad.write_bytes(mutate(path.read_bytes(), rng))
         start = time.time()
         try:
