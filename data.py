@@ -341,11 +341,17 @@ class VOC:
         need(few, f"{self.root}: {fault}: {' '.join(contradict[:10])}; {fix}")
 
 
+def photos_of(path):
+    """The pictures in a folder, sorted, of every usual ending; a path to anything else as it is."""
+    path = Path(path)
+    inside = sorted(path.glob("*")) if path.is_dir() else []
+    return [p for p in inside if p.suffix.lower() in ENDINGS] if path.is_dir() else [path]
+
+
 def pictures_in(folder):
-    """{stem: path} of the pictures in a folder, of every usual ending; .jpg wins."""
-    paths = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in ENDINGS]
-    paths.sort(key=lambda path: path.suffix == ".jpg")  # the last one wins
-    return {path.stem: path for path in paths}
+    """{stem: path} of the pictures in a folder; .jpg wins."""
+    paths = photos_of(folder) if folder.is_dir() else []
+    return {path.stem: path for path in sorted(paths, key=lambda path: path.suffix == ".jpg")}
 
 
 # ---- photos -> network inputs --------------------------------------------------------------------

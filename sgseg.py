@@ -1,5 +1,6 @@
 """SGSeg: one network that classifies, localizes and segments (Ke & Hsu 2018, from the abstract).
 
+    python sgseg.py cat.jpg              # the four stages, nothing trained: cat_stages.png
     net = SGSeg.load("runs/voc")         # a run folder or its model.pt; device="cuda" for a GPU
     label = net.segment("photo.jpg")     # (H,W) uint8, indices into net.classes, background first
 
@@ -18,15 +19,19 @@ The abstract fixes that one network's high and intermediate features are used; b
 and heads are our choice.
 """
 
+import argparse
 import importlib.util
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
+import data
 import refine
-from data import aligned, finite, load, need, read_image, refusing, to_tensor
+from data import InputError, aligned, finite, load, need, read_image, refusing, say, to_tensor
 
 
 def conv_bn(c_in, c_out, kernel=3, stride=1):
@@ -283,13 +288,22 @@ class SGSeg(nn.Module):
         s = S.float().mean((2, 3))  # (B,K)
         return S, s, self.seg(mid, high), (low, mid, high)
 
+    def input(self, image):
+        """x (1,3,H,W) of a PIL image: H, W of the form 16n+1, the long side about `size`."""
+        x = to_tensor(aligned(image, self.size))[None].to(self.mean.device)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def features(self, image):
+        """F_low, F_mid, F_high, batch 1, of a PIL image."""
+        return self.backbone((self.input(image) - self.mean) / self.std)
+
     @torch.no_grad()
     def look(self, image):
         """S (1,K,H/16,W/16), s (1,K), Z (1,K+1,H/8,W/8) of one PIL image, each averaged with its
         mirror image's, and F_mid (1,C,H/8,W/8). H and W are of the form 16n+1, the long side
         about `size`. float32, on CUDA too: the affinity looks at small differences."""
-        x = to_tensor(aligned(image, self.size))[None].to(self.mean.device)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.input(image)
         S, s, Z, (_, mid, _) = self(x)
         S2, s2, Z2, _ = self(x.flip(3))
         return (S + S2.flip(3)) / 2, (s + s2) / 2, (Z + Z2.flip(3)) / 2, mid
@@ -349,3 +363,90 @@ class SGSeg(nn.Module):
             net = cls(**state["config"])
             net.load_state_dict(finite(state["model"], path))
         return net.eval().to(device, memory_format=torch.channels_last)
+
+
+# ---- the four stages on any photo, nothing trained -----------------------------------------------
+
+IMAGENET = {  # VOC's words among ImageNet's 1000 classes (our choice; ImageNet has no person)
+    "aeroplane": [404, 895],
+    "bicycle": [444, 671],
+    "bird": [*range(7, 25), *range(80, 101), *range(127, 147)],
+    "boat": [472, 484, 554, 576, 625, 628, 724, 780, 814, 871, 914],
+    "bottle": [440, 720, 737, 898, 907],
+    "bus": [654, 779, 874],
+    "car": [407, 436, 468, 511, 609, 627, 656, 661, 751, 817],
+    "cat": [*range(281, 286)],
+    "chair": [423, 559, 765],
+    "cow": [345, 346],
+    "diningtable": [532],
+    "dog": [*range(151, 269)],
+    "horse": [339],
+    "motorbike": [665, 670],
+    "pottedplant": [738],
+    "sheep": [348, 349],
+    "sofa": [831],
+    "train": [466, 547, 705, 820, 829],
+    "tvmonitor": [527, 664, 782, 851],
+}
+
+
+@torch.no_grad()
+def show_stages(photo, tag=None):
+    """Write PHOTO_stages.png: photo | localization map | affinity of its maximum to its
+    neighbours | + affinity | + self-guided | pseudo label. Nothing is trained: ImageNet's
+    classifier is a CAM head, by linearity, w_k = its weights of class k less their mean over all
+    classes (of several the mean of the three that score best). tag: a word of IMAGENET or an
+    index; without one the classifier chooses. Returns what it showed. Raises InputError."""
+    state = imagenet_state(Lite0.imagenet)
+    net = SGSeg(["object"]).eval()
+    load_imagenet(net.backbone)
+    image = read_image(photo)
+    _, mid, high = net.features(image)  # (1,24,h,w), (1,1280,h/2,w/2)
+    W = state["_fc.weight"] - state["_fc.weight"].mean(0)  # (1000,1280)
+    scores = (W @ high.mean((2, 3))[0] + state["_fc.bias"]).tolist()
+    best = scores.index(max(scores))
+    tag = tag or next((word for word, group in IMAGENET.items() if best in group), str(best))
+    group = IMAGENET[tag] if tag in IMAGENET else [int(tag)]
+    group = sorted(group, key=lambda k: -scores[k])[:3]
+    S = torch.einsum("bchw,c->bhw", high, W[group].mean(0))[:, None]  # (1,1,h/2,w/2)
+    I = to_tensor(image)[None]
+    *maps, label = refine.four_stages(S, mid, I, [0])
+    A, index = refine.affinity(mid)
+    i = int(maps[0].argmax())
+    near = torch.zeros_like(maps[0]).flatten()
+    near[index[i]] = A[0, i] / A[0, i].max()
+    maps.insert(1, F.max_pool2d(near.view_as(maps[0]), 3, 1, 1))  # larger dots
+    row = {tag: image}
+    captions = ("localization map", "affinity of its maximum", "+ affinity", "+ self-guided")
+    for caption, M in zip(captions, maps):
+        row[caption] = data.heat(image, refine.up(M, I.shape[-2:])[0, 0])
+    row["pseudo label"] = data.overlay(image, label[0].numpy())
+    bar = torch.linspace(1, 0, image.height)[:, None].expand(-1, image.width)
+    row["from 1 to 0"] = data.heat(Image.new("L", image.size), bar)
+    path = Path(photo).with_name(f"{Path(photo).stem}_stages.png")
+    data.write(path, data.sheet([row], 240))
+    return f"{photo} -> {path}: {tag}, ImageNet class {' '.join(map(str, group))}"
+
+
+def main(argv=None):
+    """Command line: the stages of each photo. Returns 0, or 2 with a line for every bad photo."""
+    parser = argparse.ArgumentParser("sgseg.py", None, show_stages.__doc__)
+    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="photos, or folders of photos")
+    words = f"{', '.join(IMAGENET)}, or an ImageNet index"
+    parser.add_argument("--tag", help=f"what to show: {words}; without it the classifier chooses")
+    given = parser.parse_args(argv)
+    if given.tag and given.tag not in [*IMAGENET, *map(str, range(1000))]:
+        parser.error(f"--tag {given.tag}: expected {words}")
+    photos = [path for name in given.photos for path in data.photos_of(name)]
+    status = 0
+    for photo in photos:
+        try:
+            say(show_stages(photo, given.tag))
+        except InputError as fault:
+            say(f"sgseg: {fault}", stream=sys.stderr)
+            status = 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -404,9 +404,21 @@ def test_walk_and_energy_refuse_what_they_cannot_use():
             (M, f, {"strength": -1.0}),
             (M, f, {"temperature": 0.0}),
             (M, f, {"temperature": -0.1}),
+            (M, f, {"temperature": 0.001}),  # exp() would leave float32
         ):
             with pytest.raises(ValueError):
                 call(maps, features, **more)
+
+
+def test_features_that_differ_by_their_rounding_are_alike():
+    torch.manual_seed(0)
+    M = torch.rand(1, 2, 9, 7)
+    constant = torch.full((1, 8, 9, 7), 1000.0)
+    alike = refine.affinity_guided(M, constant)
+    noise = 1000.0 + 1e-4 * torch.randn(1, 8, 9, 7)
+    assert torch.allclose(refine.affinity_guided(M, noise), alike, atol=0.02)
+    clear = 1000.0 + 10 * torch.randn(1, 8, 9, 7)
+    assert not torch.allclose(refine.affinity_guided(M, clear), alike, atol=0.1)
 
 
 def window(y, x, r):
@@ -1106,7 +1118,9 @@ def test_pictures_show_what_they_say():
     label[:, 15:] = 1
     label[10:, 15:] = 255
     over = np.asarray(data.overlay(grey, label)).astype(int)
-    assert over[0, 29].argmax() == 0 and over[0, 0].max() == 40 and over[19, 29].min() > 150
+    assert (
+        over[0, 29].argmax() == 0 and abs(over[0, 0] - 40).max() <= 1 and over[19, 29].min() > 150
+    )
     page = data.sheet([{"a": grey, "b": grey}, {"c": grey}], width=60)
     assert page.size == (128, 116)  # columns of 60 + 4, rows of 40 + 18
     at = np.asarray(page).astype(int)
@@ -1201,19 +1215,16 @@ def test_files_are_the_old_or_the_new_whole(tmp_path, monkeypatch):
     assert "expected" in refused(data.write, "/proc/file", b"")
 
 
-class Full(io.StringIO):
-    def write(self, text):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_printing_ends_nothing(capsys, monkeypatch):
+def test_printing_ends_nothing(monkeypatch):
     closed = io.StringIO()
     closed.close()
+    data.say("x", stream=closed)
     ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii")
     data.say("Schäfchen", stream=ascii_only)
     assert ascii_only.buffer.getvalue() == b"Sch?fchen\n"
-    data.say("x", stream=closed)
-    data.say("x", stream=Full())
+    with open("/dev/full", "w") as full:  # closing it, as at the end of a run, raises nothing
+        data.say("x", stream=full)
+        data.say("x", stream=full)
     monkeypatch.setattr(sys, "stdout", None)  # python with >&-
     data.say("x")
     assert list(data.track("name", range(3))) == [0, 1, 2]
@@ -1234,7 +1245,7 @@ def test_masks_that_are_black_and_white_are_refused(kit):
 def test_masks_of_another_class_order_are_refused(kit):
     for path in VOC(kit, "val").mask_paths:
         mask = np.array(Image.open(path))
-        data.palette_image(np.where((mask > 0) & (mask < 255), 5 - mask, mask)).save(path)
+        data.palette_image(np.where((mask > 0) & (mask < 255), mask % 4 + 1, mask)).save(path)
     said = refused(partial(VOC(kit, "val").scan, masks=True))
     assert "masks" in said and "2 of 2" in said
 
@@ -1544,17 +1555,20 @@ def test_imagenet_weights_are_fine_tuned_as_the_help_says(toy, tmp_path, monkeyp
         rates.append([group["lr"] for group in opt.param_groups])
         return step(opt)
 
+    def annotate(net, image, tags, cfg, r):
+        return (torch.ones(1, *image.size[::-1], dtype=torch.uint8),)
+
     monkeypatch.setattr(torch.optim.SGD, "step", watched)
-    out = tmp_path / "run"
-    more = ["--backbone", "lite0", "--weights", "auto", "--rounds", 1, "--epochs", 2, "--lr", 0.01]
-    assert train.main(options(toy, out, *more)) == 0
+    monkeypatch.setattr(train, "look", lambda run, r: None)
+    more = {"backbone": "lite0", "weights": "auto", "rounds": 1, "epochs": 2, "lr": 0.01}
+    run = begun(toy, tmp_path / "run", **more)
+    train.train(run, annotate)
     start = Lite0()
     load_imagenet(start)
-    net = SGSeg.load(out)
-    for module, same_module in zip(start.frozen, net.backbone.frozen):
+    for module, same_module in zip(start.frozen, run.net.backbone.frozen):
         assert same(dict(module.state_dict()), dict(same_module.state_dict()))
     before = start.state_dict()
-    after = net.backbone.state_dict()
+    after = run.net.backbone.state_dict()
     moved = [name for name in after if not torch.equal(after[name], before[name])]
     assert "conv_head.weight" in moved and not any("running" in name for name in moved)
     decay = [(1 - n / 2) ** 0.9 for n in range(2)]  # 16 images: 2 steps an epoch
@@ -1583,18 +1597,24 @@ def forbidden():
     OPENED.clear()
 
 
-def test_training_opens_no_mask_of_a_training_image(toy, finished, tmp_path, forbidden):
-    """A whole run, validation on val's masks included; scoring at its end opens them."""
-    forbidden.update(str(path) for path in VOC(toy, "train").mask_paths)
-    run = begun(toy, tmp_path / "run")
+def test_training_opens_no_mask_of_a_training_image(kit, finished, tmp_path, forbidden):
+    """A whole run, validation on val's masks included, beside nonsense masks of the same sizes;
+    scoring at its end opens them."""
+    masks = VOC(kit, "train").mask_paths
+    for path in masks:
+        data.palette_image(np.full((97, 97), 1)).save(path)
+    forbidden.update(os.path.realpath(path) for path in masks)
+    run = begun(kit, tmp_path / "run")
     train.train(run)
-    assert not OPENED and [m["what"] for m in run.metrics].count("val") == 2
-    assert same(run.net.state_dict(), torch.load(finished / "model.pt")["model"])
+    assert not OPENED and [row["what"] for row in run.metrics].count("val") == 2
+    assert same(dict(run.net.state_dict()), torch.load(finished / "model.pt")["model"])
+    for path in (finished / "pseudo").rglob("*.png"):
+        assert (run.folder / path.relative_to(finished)).read_bytes() == path.read_bytes()
     with pytest.raises((AssertionError, InputError)):
         train.evaluate(run)
     assert OPENED
     forbidden.clear()
-    forbidden.update(str(path) for path in VOC(toy, "val").mask_paths)
+    forbidden.update(os.path.realpath(path) for path in VOC(kit, "val").mask_paths)
     with pytest.raises((AssertionError, InputError)):
         train.validate(run)
 
@@ -1611,13 +1631,6 @@ def test_without_masks_training_is_the_same_and_says_what_it_cannot_score(
     assert set(parts) <= {"metrics", "results", "pictures"}  # no scores, no truth in the panels
     for path in (finished / "pseudo").rglob("*.png"):
         assert (out / path.relative_to(finished)).read_bytes() == path.read_bytes()
-
-
-def test_masks_of_training_images_do_not_change_the_run(kit, finished, tmp_path):
-    for path in VOC(kit, "train").mask_paths:  # same image sizes, nonsense inside
-        data.palette_image(np.full((97, 97), 1, np.uint8)).save(path)
-    assert train.main(options(kit, tmp_path / "run")) == 0
-    assert differing(product(finished), product(tmp_path / "run")) == ["results"]
 
 
 def test_an_annotate_of_ones_own_labels_the_images(toy, tmp_path):
@@ -2129,14 +2142,16 @@ def started(argv, **how):
     return subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, **how)
 
 
-def test_nothing_about_printing_ends_a_run(kit, tmp_path):
+def test_nothing_about_printing_ends_a_run(tmp_path):
     """Standard output closed; a pipe that nobody reads; ASCII, with class names that are not."""
+    kit = make_toy(tmp_path / "kit", train=3, val=1)
     (kit / "classes.txt").write_text("Schäfchen\n猫\ndreieck\nkreuz\n")
     for path in (kit / "Annotations").glob("*.xml"):
         text = path.read_text().replace("disc", "Schäfchen").replace("square", "猫")
         path.write_text(text.replace("triangle", "dreieck").replace("cross", "kreuz"))
     plain = [sys.executable, str(HERE / "train.py")]
-    argv = {n: plain + options(kit, tmp_path / f"run{n}", "--rounds", 1) for n in range(3)}
+    more = ["--rounds", 1, "--batch", 3]
+    argv = [plain + options(kit, tmp_path / f"run{n}", *more) for n in range(3)]
     read_end, write_end = os.pipe()
     os.close(read_end)
     processes = [
@@ -2147,7 +2162,8 @@ def test_nothing_about_printing_ends_a_run(kit, tmp_path):
     os.close(write_end)
     for n, process in enumerate(processes):
         out, said = process.communicate(timeout=60)
-        assert (process.returncode, said) == (0, ""), n
+        faults = [line for line in said.splitlines() if not line.startswith("warning: ")]
+        assert (process.returncode, faults) == (0, []), n
         assert (tmp_path / f"run{n}/results.json").exists()
     assert "Sch?fchen" in out
 
@@ -2595,11 +2611,16 @@ def test_absent_tags_never_appear_in_pseudo_labels(learnt):
             assert set(np.unique(read_mask(path, 4))) <= allowed
 
 
-def test_the_toy_run_is_found_again_after_it_was_moved(learnt, tmp_path):
-    """Its data is in its folder."""
-    run = Path(shutil.copytree(learnt, tmp_path / "moved"))
-    assert resume(run) == 0
-    assert differing(product(learnt), product(run)) == []
+def test_the_built_in_toy_set_moves_with_its_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "make_toy", partial(make_toy, train=4, val=1))
+    out = tmp_path / "run"
+    few = ["--warmup", "1", "--rounds", "1", "--epochs", "1", "--batch", "4", "--device", "cpu"]
+    assert train.main(["--out", str(out), *few]) == 0
+    assert "mIoU" in capsys.readouterr().out
+    before = product(out)
+    out.rename(tmp_path / "moved")
+    assert resume(tmp_path / "moved") == 0
+    assert differing(before, product(tmp_path / "moved")) == []
 
 
 def test_docs_scripts_run(learnt, toy, tmp_path):
@@ -2612,10 +2633,10 @@ def test_docs_scripts_run(learnt, toy, tmp_path):
         ("update.py", learnt),
     )
     processes = []
-    for script, *argv in scripts:
-        argv = [sys.executable, HERE / "docs" / script, *argv]
-        processes.append(started(argv, stdout=subprocess.PIPE))
-    for process in processes:
-        out, said = process.communicate(timeout=120)
-        assert process.returncode == 0 and out, said
+    for n, (script, *argv) in enumerate(scripts):
+        argv = [HERE / "docs" / script, *argv]
+        processes.append(alone(tmp_path / f"log{n}", script_alone, argv))
+    for n, process in enumerate(processes):
+        said = ended(process), (tmp_path / f"log{n}").read_text()
+        assert said == (0, "") and (tmp_path / f"log{n}.out").read_text()
     assert (tmp_path / "p.png").exists() and (tmp_path / "f/toy_0250.png").exists()

@@ -362,6 +362,7 @@ class Run:
     val: data.VOC | None
     net: SGSeg
     opt: torch.optim.Optimizer
+    about: dict  # config, command line, versions: config.json
     epoch: int = 0
     metrics: list = field(default_factory=list)
 
@@ -370,11 +371,13 @@ class Run:
         return Path(self.cfg.out)
 
     def save(self):
-        """Write checkpoint.pt and metrics.jsonl. Raises InputError; the old ones then stay."""
+        """Write checkpoint.pt, metrics.jsonl, config.json. Raises InputError; the old ones then
+        stay."""
         model = data.finite(self.net.state_dict(), f"{self.folder}: the network")
         state = {"config": asdict(self.cfg), "model": model, "optimizer": self.opt.state_dict()}
-        state |= {"epoch": self.epoch, "metrics": self.metrics, **self.voc.identity()}
-        write(self.folder / "checkpoint.pt", state)
+        state |= {"epoch": self.epoch, "metrics": self.metrics, "about": self.about}
+        write(self.folder / "checkpoint.pt", state | self.voc.identity())
+        write(self.folder / "config.json", json.dumps(self.about, indent=1))
         write(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
 
     def log(self, what, **values):
@@ -394,9 +397,9 @@ class Run:
         return data.read_mask(self.label_path(i, r), len(self.voc.classes))
 
 
-def assemble(cfg):
+def assemble(cfg, argv=(), fresh=True):
     """A run with nothing behind it: data, read once from end to end, the seeded network on its
-    ImageNet weights, SGD. Raises InputError."""
+    ImageNet weights (if fresh: otherwise a checkpoint follows), SGD. Raises InputError."""
     toy = Path(cfg.out) / "toy"
     if not cfg.voc and not (toy / "classes.txt").exists():
         data.make_toy(toy)
@@ -405,7 +408,7 @@ def assemble(cfg):
     numbers = (cfg.size, cfg.favour, cfg.radius, cfg.eps, cfg.self_guided)
     net = SGSeg(voc.classes, cfg.backbone, *numbers)
     pretrained = cfg.weights != "none"
-    if pretrained:
+    if pretrained and fresh:
         load_imagenet(net.backbone, cfg.weights)
     for module in net.backbone.frozen if pretrained else ():
         module.requires_grad_(False)
@@ -420,7 +423,9 @@ def assemble(cfg):
     val = data.VOC(cfg.voc or toy, "val") if voc.has("val") else None
     if val:
         val.scan(masks=True)
-    return Run(cfg, voc, val, net, opt)
+    about = {"config": asdict(cfg), "command": list(argv), "threads": torch.get_num_threads()}
+    about |= {"python": sys.version, "torch": str(torch.__version__), "numpy": np.__version__}
+    return Run(cfg, voc, val, net, opt, about)
 
 
 def begin(cfg, argv):
@@ -428,11 +433,8 @@ def begin(cfg, argv):
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     inside = {path.name for path in Path(cfg.out).iterdir()} - {"toy", "lock", "checkpoint.pt.tmp"}
     need(not inside, f"{cfg.out}: is not empty; expected a new folder; --resume, or another --out")
-    run = assemble(cfg)
-    versions = {"python": sys.version, "torch": torch.__version__, "numpy": np.__version__}
-    about = {"config": asdict(cfg), "command": argv, "threads": torch.get_num_threads(), **versions}
+    run = assemble(cfg, argv)
     run.save()
-    write(run.folder / "config.json", json.dumps(about, indent=1))
     return run
 
 
@@ -447,14 +449,15 @@ def reopen(folder, given, free):
         differ = [f"--{k} {own[k]}, not {v}" for k, v in fixed.items() if own[k] != v]
         need(not differ, f"{folder}: has {', '.join(differ)}; leave them out, or start a new --out")
         own["device"] = "cpu" if own["device"] == "cpu" else "auto"  # to the bit: on the same kind
-        run = assemble(check(Config(**own | given | {"out": str(folder)})))
+        run = assemble(check(Config(**own | given | {"out": str(folder)})), fresh=False)
         for what, value in run.voc.identity().items():
             fault = f"{run.voc.root}: other {what} than when {folder} began; restore them"
             need(value == state[what], f"{fault}, or start a new --out")
         run.net.load_state_dict(data.finite(state["model"], path))
         run.opt.load_state_dict(state["optimizer"])
         run.epoch = int(state["epoch"])
-        run.metrics = list(state["metrics"])
+        run.metrics = [dict(m) for m in state["metrics"]]
+        run.about = dict(state["about"])
     return run
 
 
@@ -536,7 +539,8 @@ def segment_photos(folder, photos, given):
     results = {path.resolve() for pair in paths for path in pair}
     need(len(results) == 2 * len(photos), "--segment: two photos of one name; rename one")
     taken = results & {Path(photo).resolve() for photo in photos}
-    need(not taken, f"--segment: {' '.join(map(str, taken))} is a photo and a result; move it")
+    fault = f"--segment: {' '.join(map(str, taken))} would be overwritten"
+    need(not taken, f"{fault}; expected photos elsewhere; move it")
     for photo, (path, over) in zip(photos, paths):
         image = read_image(photo)
         label = net.segment(image)
@@ -552,7 +556,7 @@ def command(argv):
     given = parse(argv)
     jobs = {name: given.pop(name) for name in ("resume", "eval", "segment")}
     asked = " and ".join(f"--{name}" for name, job in jobs.items() if job)
-    need(" and " not in asked, f"command line: {asked} cannot go together; give one")
+    need(" and " not in asked, f"command line: {asked} contradict; expected one; leave one out")
     voc = given.get("voc") or jobs["segment"]
     folder = Path(jobs["eval"] or given.get("out") or ("runs/voc" if voc else "runs/toy"))
     if "voc" in given:
