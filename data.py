@@ -372,7 +372,7 @@ def aligned(image, size):
 
 class Crops(torch.utils.data.Dataset):
     """Joint scale / flip / crop of image i and its label map: everything random is drawn from
-    (seed, epoch, i) alone.
+    (seed, epoch, n) alone.
 
     The long side becomes size * U(scale), then a crop x crop window is cut; outside the image the
     input is grey (128/255) and the label 255. label_paths lists the PNGs of pseudo labels, or is
@@ -389,10 +389,11 @@ class Crops(torch.utils.data.Dataset):
         self.epoch = epoch
         self.label_paths = label_paths
 
-    def __getitem__(self, i):
+    def __getitem__(self, n):
+        i = n % len(self.voc.ids)  # n counts on through the passes of an epoch
         image = read_image(self.voc.image_paths[i])
         w, h = image.size
-        rng = np.random.default_rng([self.seed, self.epoch, i])
+        rng = np.random.default_rng([self.seed, self.epoch, n])
         ratio = self.size * rng.uniform(*self.scale) / max(w, h)  # crop pixels per photo pixel
         side = self.crop / ratio  # of the crop, in photo pixels
         left = rng.uniform(min(0, w - side), max(0, w - side))  # of the crop, in photo pixels

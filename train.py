@@ -44,9 +44,10 @@ class Config:
     out: str = ""  # run folder; without it runs/voc or runs/toy
     backbone: str = "lite0"  # lite0, vgg16 or tiny
     weights: str = "auto"  # ImageNet weights: auto (the backbone's own, if any), none, or a file
-    warmup: int = 4  # epochs on tags alone before round 1 (our choice; 1-stage-wseg: 5)
+    warmup: int = 0  # epochs on tags alone before round 1, 0 only on ImageNet weights (tuned)
     rounds: int = 3  # rounds of refine + update between the warm-up and the last refine (tuned)
     epochs: int = 4  # epochs of each update (our choice)
+    steps: int = 15  # an epoch has at least so many: small sets are passed over again (our choice)
     batch: int = 16  # images a step (our choice)
     lr: float = 0.01  # of SGD, heads x10 on ImageNet weights; falls as (1 - n/N)^0.9 (DeepLab)
     crop: int = 257  # side of a training crop, 16n+1 (our choice: what two cores bear)
@@ -83,16 +84,17 @@ def train(run, annotate=None):
     network.
 
     A run that was stopped goes through the same lines and passes over what it has behind it.
-    annotate: a way of your own from the network to the labels, instead of `stages`.
+    annotate: a way of your own from the network to the labels, instead of `label_image`.
     """
     rounds = run.cfg.rounds
-    update(run, 0)  # warm-up: image tags alone
+    fit_cam(run)  # warm-up: image tags alone, on ImageNet's features in closed form,
+    update(run, 0)  # on others by descent
     look(run, 0)
     for r in range(1, rounds + 1):
-        refine_labels(run, r, annotate or stages)  # network fixed, labels change
+        refine_labels(run, r, annotate or label_image)  # network fixed, labels change
         update(run, r)  # labels fixed, network changes
         look(run, r)  # a picture and a score; changes nothing
-    refine_labels(run, rounds + 1, annotate or stages)  # the dense annotations
+    refine_labels(run, rounds + 1, annotate or label_image)  # the dense annotations
 
 
 def epochs_before(cfg, r):
@@ -100,10 +102,70 @@ def epochs_before(cfg, r):
     return cfg.warmup + (r - 1) * cfg.epochs if r else 0
 
 
+# ---- warm-up: the CAM head from tags -------------------------------------------------------------
+
+
+@torch.no_grad()
+def fit_cam(run):
+    """The CAM head on ImageNet's features, in closed form: ridge regression of targets t on
+    features x. First x = mean_ij F_high and t = y, for every photo; then once more on what its own
+    maps M see,
+
+        x_k = sum_ij M_k F_high / sum_ij M_k, t = one-hot k     for every tag k of a photo, and
+        x_0 = the same with M_0 = 1 - min(1, sum_k M_k), t = 0  for its background
+
+    so that the sky of aeroplanes, which is the background of other photos, stops being aeroplane.
+    No layer is trained, which would unlearn what ImageNet knows of 1000 classes. Our choice,
+    measured in docs/CHOICES.md. Left out without ImageNet weights, and where a resumed run has it
+    behind it.
+    """
+    if run.cfg.weights == "none" or any(m["what"] == "fit" for m in run.metrics):
+        return
+    net = run.net.eval()
+    for sees, strength in ((whole_photo, 1.0), (under_maps, 10.0)):
+        x = []
+        t = []
+        for i in track(f"fit {sees.__name__}", range(len(run.voc.ids))):
+            high = net.features(read_image(run.voc.image_paths[i]))[2]  # (1,C,h,w)
+            features, targets = sees(net, high, run.voc.tags[i].to(high))
+            x.append(features)
+            t.append(targets)
+        net.cam.weight[:, :, 0, 0] = ridge(torch.cat(x), torch.cat(t), strength)
+    run.log("fit", round=0)
+    run.save()
+
+
+def whole_photo(net, high, tags):
+    """x (1,C) and t (1,K) of the first regression: the mean feature of a photo and its tags."""
+    return high.mean((2, 3)), tags[None]
+
+
+def under_maps(net, high, tags):
+    """x (P+1,C) and t (P+1,K) of the second: features under the maps of the P tags, and
+    background."""
+    classes = tags.nonzero()[:, 0]
+    M = refine.localization_maps(net.cam(high), classes)  # (1,P,h,w)
+    M = torch.cat([M, 1 - M.sum(1, keepdim=True).clamp_max(1)], 1)[0]  # (P+1,h,w)
+    x = torch.einsum("phw,chw->pc", M, high[0]) / M.sum((1, 2))[:, None].clamp_min(1e-5)
+    return x, torch.cat([torch.eye(len(tags)).to(high)[classes], torch.zeros_like(tags)[None]])
+
+
+def ridge(x, t, strength):
+    """w (K,C) = argmin sum_n |t_n - mean t - w z_n|^2 + strength mean_n |z_n|^2 |w|^2, z = x
+    less its mean, each channel in units of its deviation; w comes back in units of x. x (n,C), t
+    (n,K) float32."""
+    deviation = x.std(0, correction=0) + 1e-6
+    z = ((x - x.mean(0)) / deviation).double()  # (n,C)
+    G = z.T @ z  # (C,C)
+    G.diagonal().add_(strength * G.trace() / len(x))
+    w = torch.linalg.solve(G, z.T @ (t - t.mean(0)).double()).T  # (K,C)
+    return w.to(x.dtype) / deviation
+
+
 # ---- refine: network fixed, labels change --------------------------------------------------------
 
 
-def stages(net, image, tags, cfg, r):
+def label_image(net, image, tags, cfg, r):
     """refine.four_stages for one PIL image with tags (K,) in refine r: three maps, one label, B =
     1.
 
@@ -112,7 +174,7 @@ def stages(net, image, tags, cfg, r):
     labels says background ever more often; from round 2 on lo falls, so that labels stay complete
     (docs/CHOICES.md).
     """
-    S, _, Z, mid = net.look(image)
+    S, _, Z, mid = net.outputs(image)
     I = data.to_tensor(image)[None].to(mid.device)  # (1,3,H,W)
     classes = tags.nonzero()[:, 0].tolist()  # the P tagged ones
     later = int(r > 1)
@@ -126,7 +188,7 @@ def stages(net, image, tags, cfg, r):
 
 
 @torch.no_grad()
-def refine_labels(run, r, annotate=stages):
+def refine_labels(run, r, annotate=label_image):
     """The labels of refine r: a palette PNG for each training image. Those that a stopped run
     has finished are kept."""
     cfg = run.cfg
@@ -179,13 +241,15 @@ def batches(run, r, epoch):
     """Loader of an epoch's batches. Order and augmentation depend on seed and epoch only."""
     cfg = run.cfg
     ids = range(len(run.voc.ids))
-    order = np.random.default_rng([cfg.seed, epoch]).permutation(len(ids)).tolist()
+    batch = min(cfg.batch, len(ids))
+    rng = np.random.default_rng([cfg.seed, epoch])
+    passes = max(1, -(-cfg.steps * batch // len(ids)))  # over a small set
+    order = [n * len(ids) + i for n in range(passes) for i in rng.permutation(len(ids)).tolist()]
     paths = run.voc.mask_paths if cfg.supervised else [run.label_path(i, r) for i in ids]
     crops = (cfg.crop, cfg.size, cfg.scale, cfg.seed, epoch, paths if r else None)
     cuda = cfg.device.startswith("cuda")
     workers = 4 * cuda if cfg.workers < 0 else cfg.workers
     how = {"sampler": order, "drop_last": True, "pin_memory": cuda, "num_workers": workers}
-    batch = min(cfg.batch, len(ids))
     return torch.utils.data.DataLoader(data.Crops(run.voc, *crops), batch, **how)
 
 
@@ -264,7 +328,7 @@ def panel(run, voc, i, r):
     image = read_image(voc.image_paths[i])
     names = ["background", *voc.classes]
     classes = voc.tags[i].nonzero()[:, 0].tolist()
-    *maps, label = stages(run.net, image, voc.tags[i], run.cfg, r + 1)
+    *maps, label = label_image(run.net, image, voc.tags[i], run.cfg, r + 1)
     labels = {"pseudo label": label[0].cpu().numpy()}
     if r:
         labels["prediction"] = run.net.segment(image)
@@ -315,7 +379,7 @@ def score_stages(run):
         pixels += (truth != IGNORE).sum()
         classes = run.voc.tags[i].nonzero()[:, 0].tolist()
         labels = {f"labels round{r}": run.label(i, r) for r in rounds}
-        maps = stages(net, image, run.voc.tags[i], cfg, 1)[:3]
+        maps = label_image(net, image, run.voc.tags[i], cfg, 1)[:3]
         for name, M in zip(("train cam", "train affinity", "train self_guided"), maps):
             M = refine.up(M, truth.shape)
             labels[name] = refine.pseudo_labels(M, classes, t, t)[0].cpu().numpy()
@@ -481,8 +545,8 @@ def check(cfg):
     cuda = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     devices = ["cuda", *cuda, "cpu"] if cuda else ["cpu"]
     cfg.device = devices[0] if cfg.device == "auto" else cfg.device
-    least = {"warmup": 1, "epochs": 1, "batch": 1, "rounds": 0, "radius": 0, "seed": 0}
-    least["workers"] = -1
+    least = {"warmup": int(cfg.weights == "none"), "epochs": 1, "steps": 1, "batch": 1}
+    least |= {"rounds": 0, "radius": 0, "seed": 0, "workers": -1}
     ok = {name: (n <= getattr(cfg, name) < 2**31, f"{n} or more") for name, n in least.items()}
     ok["backbone"] = (cfg.backbone in BACKBONES, " or ".join(BACKBONES))
     ok["device"] = (cfg.device in devices, " or ".join(devices))
@@ -537,7 +601,8 @@ def segment_photos(folder, photos, given):
     out = Path(folder) / "segmented"
     paths = [(out / f"{Path(p).stem}.png", out / f"{Path(p).stem}_overlay.png") for p in photos]
     results = {path.resolve() for pair in paths for path in pair}
-    need(len(results) == 2 * len(photos), "--segment: two photos of one name; rename one")
+    fault = "--segment: two photos of one name; expected different names; rename one"
+    need(len(results) == 2 * len(photos), fault)
     taken = results & {Path(photo).resolve() for photo in photos}
     fault = f"--segment: {' '.join(map(str, taken))} would be overwritten"
     need(not taken, f"{fault}; expected photos elsewhere; move it")

@@ -145,7 +145,7 @@ def refined(net, cfg, image, classes):
     """{name: (maps (P,H,W) at full resolution, milliseconds)} of one image."""
     size = image.size[::-1]
     I = data.to_tensor(image)[None]  # (1,3,H,W)
-    S, _, _, mid = net.look(image)
+    S, _, _, mid = net.outputs(image)
     raw = refine.localization_maps(refine.up(S, mid.shape[-2:]), classes)  # (1,P,h,w)
     walk, ms = timed(refine.affinity_guided, raw, mid, strength=cfg.strength[0])
     walk = refine.stretched(walk, train.FLOOR[0])
