@@ -60,7 +60,8 @@ def refusing(what, fix):
     except (InputError, MemoryError):
         raise
     except Exception as e:
-        raise InputError(f"{what} ({type(e).__name__}: {str(e)[:120]}); {fix}") from None
+        why = re.sub(" <[^>]*>", "", str(e))[:120]  # without the addresses of Python's objects
+        raise InputError(f"{what} ({type(e).__name__}: {why}); {fix}") from None
 
 
 def read(path, limit=2**28):

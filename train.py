@@ -595,7 +595,9 @@ def parse(argv):
 
 
 def segment_photos(folder, photos, given):
-    """NAME.png (palette indices) and NAME_overlay.png in RUN/segmented for each photo."""
+    """NAME.png (palette indices) and NAME_overlay.png in RUN/segmented for each photo, or photo
+    of a folder; bad photos are passed over and named at the end."""
+    photos = [path for name in photos for path in data.photos_of(name)]
     net = SGSeg.load(folder, check(Config(device=given.get("device", "auto"))).device)
     net.favour = given.get("favour", net.favour)
     out = Path(folder) / "segmented"
@@ -606,13 +608,20 @@ def segment_photos(folder, photos, given):
     taken = results & {Path(photo).resolve() for photo in photos}
     fault = f"--segment: {' '.join(map(str, taken))} would be overwritten"
     need(not taken, f"{fault}; expected photos elsewhere; move it")
+    faults = []
     for photo, (path, over) in zip(photos, paths):
-        image = read_image(photo)
+        try:
+            image = read_image(photo)
+        except InputError as fault:
+            faults.append(str(fault))
+            continue
         label = net.segment(image)
         write(path, data.palette_image(label))
         write(over, data.overlay(image, label))
         shares = [f"{net.classes[k]} {(label == k).mean():.0%}" for k in np.unique(label) if k]
         say(f"{photo} -> {path}: {', '.join(shares) or 'background only'}")
+    if faults:
+        raise InputError(*faults)
 
 
 def command(argv):
