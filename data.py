@@ -6,6 +6,7 @@ Training reads JPEGImages, Annotations and ImageSets; SegmentationClass* is for 
 line.
 """
 
+import hashlib
 import io
 import os
 import re
@@ -239,6 +240,11 @@ def read_classes(path):
     """The class names in classes.txt, one a line, without the background, which is index 0 by
     itself. Raises InputError."""
     names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    return check_classes(names, path)
+
+
+def check_classes(names, path):
+    """names, if they can be classes. Raises InputError."""
     different = 0 < len(set(names)) == len(names) < 255
     need(different, f"{path}: {len(names)} names; expected 1 to 254 different ones; mend it")
     for name in names:
@@ -297,19 +303,21 @@ class VOC:
         InputError."""
         return read_mask(self.mask_paths[i], len(self.classes), size)
 
+    def read_tags(self, i):
+        """Set of class names of photo i; a val photo need not have an XML. Raises InputError."""
+        xml = self.root / "Annotations" / f"{self.ids[i]}.xml"
+        return read_tags(xml, self.classes) if self.split == "train" or xml.exists() else set()
+
     def scan(self, masks=False):
         """Read every photo, every tag and, with masks, every mask there is, before training
-        begins. Sets tags (n,K) float32; a val photo need not have an XML. Raises InputError with
-        the first ten faults."""
+        begins. Sets tags (n,K) float32. Raises InputError with the first ten faults."""
         self.tags = torch.zeros(len(self.ids), len(self.classes))
         faults = []
         contradict = []
         for i in track(f"scan {self.split}", range(len(self.ids))):
             try:
                 size = read_image(self.image_paths[i]).size
-                xml = self.root / "Annotations" / f"{self.ids[i]}.xml"
-                tags = read_tags(xml, self.classes) if self.split == "train" or xml.exists() else ()
-                tagged = {self.classes.index(tag) for tag in tags}
+                tagged = {self.classes.index(tag) for tag in self.read_tags(i)}
                 self.tags[i, list(tagged)] = 1
                 if masks and self.mask_paths[i]:
                     shown = {int(k) - 1 for k in np.unique(self.mask(i, size)) if 0 < k < IGNORE}
@@ -340,6 +348,45 @@ class VOC:
         fix = "expected index n for the n-th class, 0 background, 255 undecided; re-export them"
         few = 2 * len(contradict) <= found
         need(few, f"{self.root}: {fault}: {' '.join(contradict[:10])}; {fix}")
+
+
+class Photos(VOC):
+    """Tagged photos without a devkit: DIR/CLASS/photo.jpg, of every usual ending. The same photo
+    (to the byte) in two folders has two tags; photos in DIR itself have none. Masks, for scoring
+    only: DIR/masks/CLASS/photo.png. ids are paths below DIR without their ending. Raises
+    InputError."""
+
+    def __init__(self, path):
+        self.root = Path(path).resolve()
+        fault = f"{path}: no such folder; expected DIR/CLASS/photo.jpg; correct --photos"
+        need(self.root.is_dir(), fault)
+        inside = [folder for folder in sorted(self.root.iterdir()) if folder.is_dir()]
+        folders = [folder for folder in inside if folder.name != "masks"]
+        self.classes = check_classes([folder.name for folder in folders], self.root)
+        self.split = "train"
+        self.tags = None
+        found = {}  # photo's bytes, hashed -> its path and tags
+        for folder in [*folders, self.root]:
+            for photo in photos_of(folder):
+                key = hashlib.sha256(read(photo)).digest()
+                tags = found.setdefault(key, (photo, set()))[1]
+                tags |= {folder.name} if folder != self.root else set()
+        need(found, f"{path}: no photo in it; expected DIR/CLASS/photo.jpg; add some")
+        self.image_paths = [photo for photo, _ in found.values()]
+        self.found_tags = [tags for _, tags in found.values()]
+        self.ids = [str(p.relative_to(self.root).with_suffix("")) for p in self.image_paths]
+        fault = f"{path}: two photos whose names differ only in their ending; rename one"
+        need(len(set(self.ids)) == len(self.ids), fault)
+        masks = [self.root / "masks" / f"{name}.png" for name in self.ids]
+        self.mask_paths = [mask if mask.exists() else None for mask in masks]
+
+    def has(self, split):
+        """A folder of photos has no lists."""
+        return False
+
+    def read_tags(self, i):
+        """Set of class names of photo i."""
+        return self.found_tags[i]
 
 
 def photos_of(path):

@@ -2559,6 +2559,149 @@ def test_full_memory_gets_one_line(toy, tmp_path, monkeypatch, capsys):
         torch.empty(2**50)
 
 
+# ---- photos of one's own -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def album(kit, tmp_path):
+    """A folder for each class, as a person would fill it: DIR/CLASS/my photo N.JPG."""
+    album = tmp_path / "album"
+    voc = VOC(kit, "train")
+    voc.scan()
+    for i, path in enumerate(voc.image_paths):
+        for k in voc.tags[i].nonzero()[:, 0].tolist():
+            (album / voc.classes[k]).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, album / voc.classes[k] / f"my photo {i}.JPG")
+    Image.new("RGB", (97, 97), "grey").save(album / "nothing.png")
+    return album
+
+
+def test_a_folder_for_each_class_is_a_training_set(album, kit):
+    voc = VOC(kit, "train")
+    voc.scan()
+    photos = data.Photos(album)
+    photos.scan()
+    assert photos.classes == sorted(voc.classes)
+    found = {Path(name).name: tags for name, tags in zip(photos.ids, photos.tags.tolist())}
+    assert len(found) == len(voc.ids) + 1 and found.pop("nothing") == [0, 0, 0, 0]
+    for i, tags in enumerate(voc.tags.tolist()):
+        named = {voc.classes[k] for k, tag in enumerate(tags) if tag}
+        assert {photos.classes[k] for k, tag in enumerate(found[f"my photo {i}"]) if tag} == named
+
+
+def test_tagged_photos_become_masks_beside_the_run(album, tmp_path):
+    out = tmp_path / "run"
+    small = options(album, out, "--rounds", 1)
+    small[0] = "--photos"
+    assert train.main(small) == 0
+    names = (out / "classes.txt").read_text().split()
+    assert names == ["background", *sorted(data.TOY_CLASSES)]
+    photos = data.Photos(album)
+    for name in photos.ids:
+        mask = Image.open(out / "masks" / f"{name}.png")
+        last = Image.open(out / "pseudo" / "round2" / f"{name}.png")
+        assert mask.mode == "P" and np.array_equal(mask, last)
+        assert Image.open(out / "overlays" / f"{name}.png").size == mask.size
+    assert not np.asarray(Image.open(out / "masks" / "nothing.png")).any()
+
+
+def test_bad_albums_get_one_line(album, tmp_path, capsys):
+    (album / "background").mkdir()
+    assert train.main(["--photos", str(album), "--out", str(tmp_path / "a")]) == 2
+    assert "0 is the background" in capsys.readouterr().err
+    (album / "background").rmdir()
+    double = next(album.glob("*/*.JPG"))
+    Image.open(double).save(double.with_suffix(".png"))
+    assert train.main(["--photos", str(album), "--out", str(tmp_path / "b")]) == 2
+    assert "rename one" in capsys.readouterr().err
+    assert train.main(["--photos", str(tmp_path / "c"), "--out", str(tmp_path / "d")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_segment_takes_folders_and_goes_on_after_a_bad_photo(finished, toy, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a", "c"):
+        shutil.copy(toy / JPG, folder / f"{name}.jpg")
+    (folder / "b.jpg").write_bytes(b"no photo")
+    run = shutil.copytree(finished, tmp_path / "run")
+    assert train.main(["--out", str(run), "--segment", str(folder), "--favour", "-1"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "b.jpg" in said
+    made = {path.name for path in (run / "segmented").iterdir()}
+    assert made == {"a.png", "a_overlay.png", "c.png", "c_overlay.png"}
+
+
+def test_ridge_is_the_minimum_of_its_sum():
+    torch.manual_seed(0)
+    x = torch.randn(30, 5) * torch.tensor([1.0, 10.0, 0.1, 3.0, 1.0]) + 2
+    t = (torch.rand(30, 2) > 0.5).float()
+    w = train.ridge(x, t, 0.7)
+    deviation = x.std(0, correction=0)
+    z = (x - x.mean(0)) / deviation
+
+    def total(w):
+        miss = ((t - t.mean(0) - z @ w.T) ** 2).sum()
+        return miss + 0.7 * (z**2).sum(1).mean() * (w**2).sum()
+
+    own = (w * deviation).requires_grad_()
+    gradient = torch.autograd.grad(total(own), own)[0]
+    assert gradient.abs().max() < 1e-3 * total(own)
+    assert total(own) < total(own + 0.01) and total(own) < total(0.9 * own)
+
+
+def test_what_the_second_fit_sees_by_hand():
+    """Two cells, two channels: the map of class 1 is (1, 0.5), so the background's is (0, 0.5)."""
+    net = SimpleNamespace(cam=lambda high: torch.tensor([[[[9.0, 9.0]], [[2.0, 1.0]]]]))
+    high = torch.tensor([[[[4.0, 1.0]], [[0.0, 3.0]]]])
+    x, t = train.under_maps(net, high, torch.tensor([0.0, 1.0]))
+    assert torch.allclose(x, torch.tensor([[3.0, 1.0], [1.0, 3.0]]))
+    assert t.tolist() == [[0.0, 1.0], [0.0, 0.0]]
+
+
+def test_the_fit_is_made_once_and_only_on_imagenet_weights(toy, tmp_path):
+    small = options(toy, tmp_path / "run", "--rounds", 0)
+    small += ["--backbone", "lite0", "--weights", "auto", "--warmup", "0"]
+    assert train.main(small) == 0
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["what"] for row in rows] == ["fit", "labels"]
+    run = train.reopen(tmp_path / "run", {}, ())
+    before = run.net.cam.weight.clone()
+    train.fit_cam(run)
+    assert torch.equal(before, run.net.cam.weight) and before.abs().sum() > 0
+    tags = run.voc.tags
+    high = [run.net.features(read_image(path))[2] for path in run.voc.image_paths]
+    x = torch.cat([F_high.mean((2, 3)) for F_high in high])
+    s = x @ train.ridge(x, tags, 1.0).T
+    gap = (s * tags).sum(0) / tags.sum(0) - (s * (1 - tags)).sum(0) / (1 - tags).sum(0)
+    assert (gap > 0).all()  # tagged photos score higher, for every class
+
+
+def test_the_four_stages_of_a_photo_without_training(tmp_path, capsys):
+    photo = tmp_path / "p.jpg"
+    noise = np.random.default_rng(0).integers(0, 255, (80, 120, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(photo)
+    (tmp_path / "bad.jpg").write_bytes(b"no photo")
+    assert sgseg.main([str(tmp_path), "--tag", "cat"]) == 2
+    said = capsys.readouterr()
+    assert "cat, ImageNet class" in said.out and "bad.jpg" in said.err
+    assert Image.open(tmp_path / "p_stages.png").width == 7 * 244
+    with pytest.raises(SystemExit):
+        sgseg.main([str(photo), "--tag", "dragon"])
+
+
+def test_small_sets_are_passed_over_until_an_epoch_has_its_steps(finished):
+    run = train.reopen(finished, {}, ())
+    run.cfg.steps = 5  # 16 photos, 8 a step: three passes
+    batches = list(train.batches(run, 0, 3))
+    assert len(batches) == 6
+    seen = [batch[3] for batch in batches]
+    assert torch.cat(seen).bincount().tolist() == [3] * 16
+    first = {int(i): x for x, _, _, index in batches[:2] for i, x in zip(index, x)}
+    second = {int(i): x for x, _, _, index in batches[2:4] for i, x in zip(index, x)}
+    assert not any(torch.equal(first[i], second[i]) for i in first)  # other crops
+
+
 # ---- the repository ------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
     python train.py                                     the built-in toy set, about a minute
     python train.py --voc PATH                          a VOC devkit
+    python train.py --photos DIR                        photos in a folder for each class, DIR/cat
     python train.py --out RUN --resume                  go on where a run stopped
     python train.py --eval RUN                          score a run again
     python train.py --out RUN --segment PHOTO.jpg ...   masks for your own photos
@@ -40,8 +41,9 @@ from sgseg import BACKBONES, SGSeg, load_imagenet
 class Config:
     """Every option of a run and of the command line; the comments are the texts of --help."""
 
-    voc: str = ""  # devkit folder; without it the built-in toy set
-    out: str = ""  # run folder; without it runs/voc or runs/toy
+    voc: str = ""  # devkit folder; without it and --photos the built-in toy set
+    photos: str = ""  # folder of tagged photos, DIR/CLASS/*.jpg, in place of a devkit
+    out: str = ""  # run folder; without it runs/voc, runs/photos or runs/toy
     backbone: str = "lite0"  # lite0, vgg16 or tiny
     weights: str = "auto"  # ImageNet weights: auto (the backbone's own, if any), none, or a file
     warmup: int = 0  # epochs on tags alone before round 1, 0 only on ImageNet weights (tuned)
@@ -305,6 +307,18 @@ def update_step(run, batch, decay, where):
 # ---- looking and scoring -------------------------------------------------------------------------
 
 
+def deliver(run):
+    """The labels of the last refine where one looks for them: RUN/masks/ID.png,
+    RUN/overlays/ID.png, and RUN/classes.txt, whose n-th line is index n - 1."""
+    names = ["background", *run.voc.classes]
+    write(run.folder / "classes.txt", "\n".join(names) + "\n")
+    for i in track("masks", range(0 if run.cfg.supervised else len(run.voc.ids))):
+        label = run.label(i, run.cfg.rounds + 1)
+        image = read_image(run.voc.image_paths[i])
+        write(run.folder / "masks" / f"{run.voc.ids[i]}.png", data.palette_image(label))
+        write(run.folder / "overlays" / f"{run.voc.ids[i]}.png", data.overlay(image, label))
+
+
 def look(run, r):
     """After the update of round r: the network in model.pt (warmup.pt), panels/roundR.png, the
     same few images as it now would label them, and from round 1 on the score on val."""
@@ -465,9 +479,10 @@ def assemble(cfg, argv=(), fresh=True):
     """A run with nothing behind it: data, read once from end to end, the seeded network on its
     ImageNet weights (if fresh: otherwise a checkpoint follows), SGD. Raises InputError."""
     toy = Path(cfg.out) / "toy"
-    if not cfg.voc and not (toy / "classes.txt").exists():
+    need(not (cfg.voc and cfg.photos), "--voc, --photos: contradict; expected one; leave one out")
+    if not cfg.voc and not cfg.photos and not (toy / "classes.txt").exists():
         data.make_toy(toy)
-    voc = data.VOC(cfg.voc or toy, "train")
+    voc = data.Photos(cfg.photos) if cfg.photos else data.VOC(cfg.voc or toy, "train")
     torch.manual_seed(cfg.seed)
     numbers = (cfg.size, cfg.favour, cfg.radius, cfg.eps, cfg.self_guided)
     net = SGSeg(voc.classes, cfg.backbone, *numbers)
@@ -631,22 +646,24 @@ def command(argv):
     jobs = {name: given.pop(name) for name in ("resume", "eval", "segment")}
     asked = " and ".join(f"--{name}" for name, job in jobs.items() if job)
     need(" and " not in asked, f"command line: {asked} contradict; expected one; leave one out")
-    voc = given.get("voc") or jobs["segment"]
-    folder = Path(jobs["eval"] or given.get("out") or ("runs/voc" if voc else "runs/toy"))
-    if "voc" in given:
-        given["voc"] = str(Path(given["voc"]).resolve())
+    kind = next((name for name in ("photos", "voc") if name in given), "toy")
+    usual = "runs/voc" if jobs["segment"] else f"runs/{kind}"
+    folder = Path(jobs["eval"] or given.get("out") or usual)
+    if kind in given:
+        given[kind] = str(Path(given[kind]).resolve())
     if jobs["segment"]:
         return segment_photos(folder, jobs["segment"], given)
     if jobs["eval"]:
-        run = reopen(folder, given, ("voc", "out", "device", "workers", "favour", "size"))
+        run = reopen(folder, given, ("voc", "photos", "out", "device", "workers", "favour", "size"))
     else:
         held = lock(folder)
         if jobs["resume"]:
-            run = reopen(folder, given, ("voc", "out", "device", "workers"))
+            run = reopen(folder, given, ("voc", "photos", "out", "device", "workers"))
         else:
-            defaults = {} if "voc" in given else TOY
+            defaults = TOY if kind == "toy" else {}
             run = begin(check(Config(**defaults | given | {"out": str(folder)})), argv)
         train(run)
+        deliver(run)
     evaluate(run)
     minutes = (time.time() - start) / 60
     say(f"{minutes:.1f} minutes; results.json, labels in pseudo/, pictures in panels/ of {folder}")
