@@ -132,9 +132,9 @@ def affinity_guided(maps, features, strength=STRENGTH, steps=STEPS, temperature=
 
 
 def affinity_energy(maps, features, start=None, strength=STRENGTH, temperature=TEMPERATURE):
-    """The energy E that `affinity_guided` lowers, M0 = start, by the number of ordered pairs with
-    A_ij > 0, averaged over batch and classes: a scalar >= 0. With start = None its first sum is
-    left out: a loss on unrefined maps that asks them to agree with the features (not used:
+    """The energy E that `affinity_guided` lowers, M0 = start, divided by the number of ordered
+    pairs with A_ij > 0, averaged over batch and classes: a scalar >= 0. With start = None its first
+    sum is left out: a loss on unrefined maps that asks them to agree with the features (not used:
     docs/CHOICES.md).
 
     maps, start (B,P,h,w); features (B,C,h,w). Gradients flow to all of them: detach what should not
@@ -215,6 +215,7 @@ def four_stages(scores, features, image, classes, stages=STAGES, lo=LO, hi=HI, f
     classes (P,), the tagged ones. Returns the maps located, guided (B,P,h2,w2), refined (B,P,H,W),
     all in [0,1], and the label (B,H,W) uint8. stages: any of the first three may be a function of
     your own (later rounds: head_maps, with the logits Z for scores); None leaves stage 2 or 3 out.
+    floor bounds the stretching after stage 2.
     """
     locate, guide, transfer = stages
     located = locate(up(scores, features.shape[-2:]), classes)  # (B,P,h2,w2)

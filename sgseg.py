@@ -49,7 +49,7 @@ def conv_bn(c_in, c_out, kernel=3, stride=1):
 
 class Backbone(nn.Module):
     """What the network asks of a backbone: these attributes, and forward(x) -> F_low, F_mid,
-    F_high for x normalised by mean and std. Your own: the README's recipe, ten lines."""
+    F_high for x normalised by mean and std. Your own: the recipe in the README."""
 
     channels = None  # of F_low, F_mid, F_high
     mean = (0.485, 0.456, 0.406)  # torchvision's ImageNet statistics
@@ -393,10 +393,11 @@ IMAGENET = {  # VOC's words among ImageNet's 1000 classes (our choice; ImageNet 
 @torch.no_grad()
 def show_stages(photo, tag=None):
     """Write PHOTO_stages.png: photo | localization map | affinity of its maximum to its
-    neighbours | + affinity | + self-guided | pseudo label. Nothing is trained: ImageNet's
-    classifier is a CAM head, by linearity, w_k = its weights of class k less their mean over all
-    classes (of several the mean of the three that score best). tag: a word of IMAGENET or an
-    index; without one the classifier chooses. Returns what it showed. Raises InputError."""
+    neighbours | + affinity | + self-guided | pseudo label | colour bar. Nothing is trained:
+    ImageNet's classifier is a CAM head, by linearity, w_k = its weights of class k less their
+    mean over all classes (of several the mean of the three that score best). tag: a word of
+    IMAGENET or an index; without one the classifier chooses. Returns what it showed. Raises
+    InputError."""
     state = imagenet_state(Lite0.imagenet)
     net = SGSeg(["object"]).eval()
     load_imagenet(net.backbone)
@@ -414,7 +415,8 @@ def show_stages(photo, tag=None):
     A, index = refine.affinity(mid)
     i = int(maps[0].argmax())
     near = torch.zeros_like(maps[0]).flatten()
-    near[index[i]] = A[0, i] / A[0, i].max()
+    inside = A[0, i] > 0  # beyond the border index points at other pixels
+    near[index[i, inside]] = A[0, i, inside] / A[0, i].max()
     maps.insert(1, F.max_pool2d(near.view_as(maps[0]), 3, 1, 1))  # larger dots
     row = {tag: image}
     captions = ("localization map", "affinity of its maximum", "+ affinity", "+ self-guided")

@@ -886,19 +886,6 @@ def test_a_network_goes_through_its_portable_form(finished, toy, tmp_path):
         assert "expected" in refused(SGSeg.load, tmp_path / name)
 
 
-def test_the_stages_are_drawn_for_any_photo_untrained(toy, tmp_path, capsys):
-    photo = tmp_path / "a.jpg"
-    read_image(toy / JPG).save(photo)
-    assert sgseg.main([str(photo), "--tag", "cat"]) == 0
-    assert "cat" in capsys.readouterr().out
-    row = Image.open(tmp_path / "a_stages.png")
-    assert row.width > 1000 and row.height > 200
-    (tmp_path / "b.jpg").write_bytes(b"no photo")
-    assert sgseg.main([str(tmp_path / "b.jpg"), str(photo)]) == 2
-    out, err = capsys.readouterr()
-    assert "b.jpg" in err and err.count("\n") == 1 and "a_stages.png" in out  # the others go on
-
-
 class Own(Backbone):
     channels = (8, 8, 16)
     mean = (0.5, 0.5, 0.5)
@@ -1379,69 +1366,6 @@ def begun(root, out, **more):
     out.mkdir()
     cfg = train.Config(**SMALL | {"voc": str(root), "out": str(out)} | more)
     return train.begin(train.check(cfg), [])
-
-
-def test_a_small_set_is_passed_over_again(toy, tmp_path):
-    """At least `steps` steps an epoch: 5 of 8 images are 3 passes over 16, each its own crops."""
-    run = begun(toy, tmp_path / "run", steps=5)
-    drawn = [batch for batch in train.batches(run, 0, 3)]
-    index = torch.cat([batch[3] for batch in drawn]).tolist()
-    assert len(drawn) == 6 and sorted(n % 16 for n in index) == sorted([*range(16)] * 3)
-    assert sorted(n % 16 for n in index[:16]) == [*range(16)]  # one pass after the other
-    first, second = [k for k, n in enumerate(index) if n % 16 == 7][:2]
-    x = torch.cat([batch[0] for batch in drawn])
-    assert not torch.equal(x[first], x[second])
-    again = torch.cat([batch[0] for batch in train.batches(run, 0, 3)])
-    assert torch.equal(x, again) and not torch.equal(
-        x, torch.cat([b[0] for b in train.batches(run, 0, 4)])
-    )
-    run.cfg.steps = 1
-    assert len(train.batches(run, 0, 3)) == 2
-
-
-def test_ridge_by_its_definition():
-    """sum_n |t_n - mean t - w z_n|^2 + strength mean_n |z_n|^2 |w|^2 as one least squares."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(20, 5)) * [1, 10, 0.1, 3, 1] + 7
-    t = rng.random((20, 3))
-    w = train.ridge(torch.tensor(x), torch.tensor(t), 4.0).numpy()
-    z = (x - x.mean(0)) / x.std(0)
-    weight = math.sqrt(4.0 * (z**2).sum(1).mean())
-    A = np.concatenate([z, weight * np.eye(5)])
-    b = np.concatenate([t - t.mean(0), np.zeros((5, 3))])
-    want = np.linalg.lstsq(A, b)[0].T / x.std(0)
-    assert w.shape == (3, 5) and np.allclose(w, want, rtol=1e-4)
-
-
-def test_the_second_regression_looks_under_the_maps():
-    """Class 1 is seen in the left column, class 0 has no tag: x is the mean feature there."""
-    net = SGSeg(NAMES[:2], "tiny").eval()
-    high = torch.rand(1, 96, 2, 2)
-    high[0, 0] = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
-    with torch.no_grad():
-        net.cam.weight.zero_()
-        net.cam.weight[1, 0] = 3.0
-        x, t = train.under_maps(net, high, torch.tensor([0.0, 1.0]))
-    assert torch.allclose(x[0], high[0, :, :, 0].mean(1), atol=1e-4)
-    assert torch.allclose(x[1], high[0, :, :, 1].mean(1), atol=1e-4)  # what is left
-    assert t.tolist() == [[0, 1], [0, 0]]
-    x, t = train.under_maps(net, high, torch.zeros(2))  # no tag: background only
-    assert torch.allclose(x, high.mean((2, 3)), atol=1e-4) and t.tolist() == [[0, 0]]
-
-
-def test_the_cam_head_is_fitted_to_the_tags_and_nothing_else_is(toy, tmp_path, monkeypatch):
-    run = begun(toy, tmp_path / "run", backbone="lite0", weights="auto", warmup=0, rounds=0)
-    before = {key: value.clone() for key, value in run.net.state_dict().items()}
-    train.fit_cam(run)
-    after = run.net.state_dict()
-    assert [key for key in after if not torch.equal(after[key], before[key])] == ["cam.weight"]
-    s = torch.cat([run.net.outputs(read_image(path))[1] for path in run.voc.image_paths])
-    tagged_scores = s[run.voc.tags == 1] - s.mean(0).expand_as(s)[run.voc.tags == 1]
-    assert tagged_scores.mean() > 0
-    run = train.reopen(tmp_path / "run", {}, ())  # it is behind a run that goes on
-    monkeypatch.setattr(train, "ridge", None)
-    train.fit_cam(run)
-    assert torch.equal(run.net.cam.weight, after["cam.weight"])
 
 
 def test_losses_by_hand():

@@ -46,7 +46,7 @@ class Config:
     out: str = ""  # run folder; without it runs/voc, runs/photos or runs/toy
     backbone: str = "lite0"  # lite0, vgg16 or tiny
     weights: str = "auto"  # ImageNet weights: auto (the backbone's own, if any), none, or a file
-    warmup: int = 0  # epochs on tags alone before round 1, 0 only on ImageNet weights (tuned)
+    warmup: int = 0  # epochs of L_cls alone before round 1; 0 only on ImageNet weights (tuned)
     rounds: int = 3  # rounds of refine + update between the warm-up and the last refine (tuned)
     epochs: int = 4  # epochs of each update (our choice)
     steps: int = 15  # an epoch has at least so many: small sets are passed over again (our choice)
@@ -60,7 +60,7 @@ class Config:
     strength: tuple = (100.0, 10.0)  # lambda of the affinity energy: round 1, later rounds (tuned)
     radius: int = refine.RADIUS  # window radius of the guided filter, stride-8 cells (tuned)
     eps: float = refine.EPS  # eps of the guided filter (tuned)
-    lo: tuple = (0.35, 0.45, 0.40, 0.35)  # background below it: one a refine, then the last (tuned)
+    lo: tuple = (0.35, 0.45, 0.40, 0.35)  # lo of each refine; its last is the last refine's (tuned)
     favour: float = 0.75  # objects' head start in logits when segmenting (tuned)
     supervised: bool = False  # train on the true masks: the upper bound, for measuring only
     seed: int = 0  # of weights, order and augmentation
@@ -86,7 +86,9 @@ def train(run, annotate=None):
     network.
 
     A run that was stopped goes through the same lines and passes over what it has behind it.
-    annotate: a way of your own from the network to the labels, instead of `label_image`.
+    annotate: a way of your own from the network to the labels, instead of `label_image`: of the
+    same arguments, returning a tuple that ends with the label, (1,H,W) uint8, which nothing checks
+    against the tags.
     """
     rounds = run.cfg.rounds
     fit_cam(run)  # warm-up: image tags alone, on ImageNet's features in closed form,
@@ -116,10 +118,11 @@ def fit_cam(run):
         x_k = sum_ij M_k F_high / sum_ij M_k, t = one-hot k     for every tag k of a photo, and
         x_0 = the same with M_0 = 1 - min(1, sum_k M_k), t = 0  for its background
 
-    so that the sky of aeroplanes, which is the background of other photos, stops being aeroplane.
-    No layer is trained, which would unlearn what ImageNet knows of 1000 classes. Our choice,
-    measured in docs/CHOICES.md. Left out without ImageNet weights, and where a resumed run has it
-    behind it.
+    so that sky, which also lies behind birds, is pulled to 0 instead of to aeroplane. No layer is
+    trained, which would unlearn what ImageNet knows of 1000 classes. The constant, mean t - <w,
+    mean x>, is dropped, as the head has no bias: s ranks photos, and L_cls makes it a logit during
+    the rounds. Our choice, measured in docs/CHOICES.md. Left out without ImageNet weights, and
+    where a resumed run has it behind it.
     """
     if run.cfg.weights == "none" or any(m["what"] == "fit" for m in run.metrics):
         return
@@ -227,8 +230,10 @@ def losses(net, x, y, labels):
 
                         CAM head w   seg head   F_mid   F_high   frozen layers   labels, maps
         L_cls           yes          no         no      yes      no              no
-        L_seg           no           yes        yes     yes      no              no
+        L_seg           no           yes        yes*    yes      no              no
         refine_labels   no           no         no      no       no              no
+
+    * with lite0 F_mid comes out of frozen layers: neither it nor the affinity's graph ever changes.
     """
     _, s, Z, _ = net(x)
     L_cls = F.multilabel_soft_margin_loss(s.float(), y)
@@ -321,7 +326,7 @@ def deliver(run):
 
 def look(run, r):
     """After the update of round r: the network in model.pt (warmup.pt), panels/roundR.png, the
-    same few images as it now would label them, and from round 1 on the score on val."""
+    same few images as the next refine would label them, and from round 1 on the score on val."""
     if run.epoch != epochs_before(run.cfg, r + 1):
         return
     run.net.eval()
@@ -560,9 +565,10 @@ def check(cfg):
     cuda = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     devices = ["cuda", *cuda, "cpu"] if cuda else ["cpu"]
     cfg.device = devices[0] if cfg.device == "auto" else cfg.device
-    least = {"warmup": int(cfg.weights == "none"), "epochs": 1, "steps": 1, "batch": 1}
+    least = {"epochs": 1, "steps": 1, "batch": 1, "warmup": 0}
     least |= {"rounds": 0, "radius": 0, "seed": 0, "workers": -1}
     ok = {name: (n <= getattr(cfg, name) < 2**31, f"{n} or more") for name, n in least.items()}
+    ok["warmup"] = (cfg.warmup or cfg.weights != "none", "1 or more without ImageNet weights")
     ok["backbone"] = (cfg.backbone in BACKBONES, " or ".join(BACKBONES))
     ok["device"] = (cfg.device in devices, " or ".join(devices))
     ok["crop"] = (cfg.crop % 16 == 1 and 17 <= cfg.crop <= 4097, "16n+1, from 17 to 4097")
