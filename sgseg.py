@@ -439,9 +439,8 @@ def main(argv=None):
     given = parser.parse_args(argv)
     if given.tag and given.tag not in [*IMAGENET, *map(str, range(1000))]:
         parser.error(f"--tag {given.tag}: expected {words}")
-    photos = [path for name in given.photos for path in data.photos_of(name)]
     status = 0
-    for photo in photos:
+    for photo in sum(map(data.photos_of, given.photos), []):
         try:
             say(show_stages(photo, given.tag))
         except InputError as fault:

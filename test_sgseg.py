@@ -1653,7 +1653,9 @@ def test_an_annotate_of_ones_own_labels_the_images(toy, tmp_path):
 
 def scores_by_hand(truths, labels):
     """IoU of every class that occurs, pixel by pixel of what is labelled, and the share of that."""
-    hit, true, said = np.zeros(5), np.zeros(5), np.zeros(5)
+    hit = np.zeros(5)
+    true = np.zeros(5)
+    said = np.zeros(5)
     pixels = decided = 0
     for truth, label in zip(truths, labels):
         pixels += (truth != 255).sum()
@@ -2553,7 +2555,7 @@ def test_segment_takes_folders_and_goes_on_after_a_bad_photo(finished, toy, tmp_
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "b.jpg" in said
     made = {path.name for path in (run / "segmented").iterdir()}
-    assert made == {"a.png", "a_overlay.png", "c.png", "c_overlay.png"}
+    assert made >= {"a.png", "a_overlay.png", "c.png", "c_overlay.png"} and "b.png" not in made
 
 
 def test_ridge_is_the_minimum_of_its_sum():
@@ -2621,9 +2623,11 @@ def test_small_sets_are_passed_over_until_an_epoch_has_its_steps(finished):
     assert len(batches) == 6
     seen = [batch[3] for batch in batches]
     assert torch.cat(seen).bincount().tolist() == [3] * 16
-    first = {int(i): x for x, _, _, index in batches[:2] for i, x in zip(index, x)}
-    second = {int(i): x for x, _, _, index in batches[2:4] for i, x in zip(index, x)}
-    assert not any(torch.equal(first[i], second[i]) for i in first)  # other crops
+    crops = torch.cat([batch[0] for batch in batches])
+    index = torch.cat(seen)
+    for i in range(16):
+        first, second, third = crops[index == i]
+        assert not torch.equal(first, second) and not torch.equal(second, third)
 
 
 # ---- the repository ------------------------------------------------------------------------------

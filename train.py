@@ -251,7 +251,8 @@ def batches(run, r, epoch):
     batch = min(cfg.batch, len(ids))
     rng = np.random.default_rng([cfg.seed, epoch])
     passes = max(1, -(-cfg.steps * batch // len(ids)))  # over a small set
-    order = [n * len(ids) + i for n in range(passes) for i in rng.permutation(len(ids)).tolist()]
+    order = [n * len(ids) + rng.permutation(len(ids)) for n in range(passes)]
+    order = np.concatenate(order).tolist()
     paths = run.voc.mask_paths if cfg.supervised else [run.label_path(i, r) for i in ids]
     crops = (cfg.crop, cfg.size, cfg.scale, cfg.seed, epoch, paths if r else None)
     cuda = cfg.device.startswith("cuda")
@@ -451,6 +452,7 @@ class Run:
 
     @property
     def folder(self):
+        """RUN."""
         return Path(self.cfg.out)
 
     def save(self):
@@ -618,12 +620,12 @@ def parse(argv):
 def segment_photos(folder, photos, given):
     """NAME.png (palette indices) and NAME_overlay.png in RUN/segmented for each photo, or photo
     of a folder; bad photos are passed over and named at the end."""
-    photos = [path for name in photos for path in data.photos_of(name)]
+    photos = sum(map(data.photos_of, photos), [])
     net = SGSeg.load(folder, check(Config(device=given.get("device", "auto"))).device)
     net.favour = given.get("favour", net.favour)
     out = Path(folder) / "segmented"
     paths = [(out / f"{Path(p).stem}.png", out / f"{Path(p).stem}_overlay.png") for p in photos]
-    results = {path.resolve() for pair in paths for path in pair}
+    results = {path.resolve() for path in sum(paths, ())}
     fault = "--segment: two photos of one name; expected different names; rename one"
     need(len(results) == 2 * len(photos), fault)
     taken = results & {Path(photo).resolve() for photo in photos}
