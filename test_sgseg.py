@@ -14,6 +14,7 @@ import io
 import json
 import math
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import re
@@ -25,7 +26,6 @@ import sys
 import time
 import warnings
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +69,7 @@ def toy_run(request, tmp_path_factory):
         argv = [sys.executable, HERE / "train.py", "--out", out]
         log = open(out.with_name("log"), "w")
         process = subprocess.Popen(argv, stdout=log, stderr=log)
+        multiprocessing.forkserver.ensure_running()  # the clean process of CLEAN: it imports torch
     yield process, out
     if process:
         process.kill()
@@ -258,7 +259,7 @@ def by_hand(argv, seconds=60, **how):
 
 def test_docstring_examples():
     examples = doctest.testmod(refine)
-    assert examples.failed == 0 and examples.attempted >= 8
+    assert examples.failed == 0 and examples.attempted >= 9
 
 
 def test_localization_maps_by_hand():
@@ -1313,8 +1314,8 @@ def test_training_photos_without_a_tag_are_negatives(kit, tmp_path):
     for name in names:
         (kit / f"Annotations/{name}.xml").write_text(tagged())
     out = tmp_path / "run"
-    assert train.main(options(kit, out)) == 0
-    for r in (1, 2, 3):
+    assert train.main(options(kit, out, "--rounds", 1)) == 0
+    for r in (1, 2):
         for name in names:
             assert not read_mask(out / f"pseudo/round{r}/{name}.png", 4).any()
         assert read_mask(out / f"pseudo/round{r}/toy_0004.png", 4).any()
@@ -1828,6 +1829,7 @@ def test_killed_at_random_moments_and_resumed_equals_never_stopped(toy, finished
     out = tmp_path / "run"
     checkpoint = out / "checkpoint.pt"
     argv = options(toy, out)
+    ends = []
     for _ in range(3):
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         process = alone(tmp_path / "log", train_alone, argv)
@@ -1835,11 +1837,12 @@ def test_killed_at_random_moments_and_resumed_equals_never_stopped(toy, finished
             if checkpoint.exists() and checkpoint.stat().st_mtime_ns > before:
                 break
             time.sleep(0.01)
-        process.join(rng.uniform(0, 0.4))
+        process.join(rng.uniform(0, 0.25))
         process.kill()
         process.join()
-        assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
+        ends.append(process.exitcode)
         argv = ["--out", out, "--resume", "--device", "cpu"]
+    assert ends.count(-signal.SIGKILL) >= 2 and set(ends) <= {0, -signal.SIGKILL}, ends
     assert resume(out) == 0
     assert differing(product(finished), product(out)) == []
 
@@ -1876,19 +1879,24 @@ def every_write(tmp_path_factory):
         patch.setattr(data, "sheet", blank)
         assert train.main(options(kit, folder / "whole", *more)) == 0
     whole = product(folder / "whole")
-
-    def point(n):
-        out = folder / f"run{n}"
-        log = folder / f"log{n}"
-        argv = options(kit, out, *more)
-        assert ended(alone(log, train_alone, argv, die_at_write, n)) == 99
-        saved = (out / "checkpoint.pt").exists()
-        again = ["--out", out, "--resume", "--device", "cpu"] if saved else argv
-        status = ended(alone(log, train_alone, again, die_at_write, 0))
-        return saved, status, differing(whole, product(out)) if status == 0 else log.read_text()
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(range(1, len(writes) + 1), pool.map(point, range(1, len(writes) + 1))))
+    found = {}
+    for first in range(1, len(writes) + 1, 2):  # two at a time, one a core
+        outs = {n: folder / f"run{n}" for n in (first, first + 1) if n <= len(writes)}
+        processes = {}
+        for n, out in outs.items():
+            argv = options(kit, out, *more)
+            processes[n] = alone(f"{out}.log", train_alone, argv, die_at_write, n)
+        assert [ended(process) for process in processes.values()] == [99] * len(outs)
+        saved = {n: (out / "checkpoint.pt").exists() for n, out in outs.items()}
+        for n, out in outs.items():
+            again = ["--out", out, "--resume", "--device", "cpu"]
+            argv = again if saved[n] else options(kit, out, *more)
+            processes[n] = alone(f"{out}.log", train_alone, argv, die_at_write, 0)
+        for n, out in outs.items():
+            status = ended(processes[n])
+            said = Path(f"{out}.log").read_text()
+            found[n] = (saved[n], status, differing(whole, product(out)) if status == 0 else said)
+    return found
 
 
 def test_killed_at_any_write_a_run_goes_on_to_the_same_bits(every_write):
@@ -1937,15 +1945,15 @@ def test_a_refine_that_was_cut_off_goes_on(toy, finished, tmp_path, monkeypatch)
     assert differing(product(finished), product(out)) == []
 
 
-def test_ctrl_c_ends_a_run_with_loaders(toy, tmp_path):
-    """In the middle of a long epoch."""
+def test_ctrl_c_at_a_terminal_reaches_the_loaders_too(toy, tmp_path):
+    """In the middle of a long epoch, the whole process group."""
     out = tmp_path / "run"
     argv = [sys.executable, HERE / "train.py", *options(toy, out, "--steps", 5000, "--workers", 1)]
-    process = started(argv, stdout=subprocess.DEVNULL)
+    process = started(argv, stdout=subprocess.DEVNULL, start_new_session=True)
     while process.poll() is None and not (out / "checkpoint.pt").exists():
         time.sleep(0.05)
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=30)[1]
     assert process.returncode == 130 and said.count("\n") == 1 and "--resume" in said
 
@@ -2768,6 +2776,8 @@ def test_scores_at_a_threshold_equal_the_confusion_of_thresholded_labels(measuri
     for t, C in zip(grid, measuring.confusions(target, maps, [1, 3], 4, grid)):
         label = refine.pseudo_labels(maps[None], [1, 3], t, t)[0].numpy()
         assert (C == confusion(target, label, 4)).all() and C.any()
+    examples = doctest.testmod(measuring)
+    assert examples.failed == 0 and examples.attempted >= 2
 
 
 def test_two_rounds_on_the_toy_set_learn(learnt, measuring):
