@@ -188,7 +188,8 @@ class Lite0(Backbone):
         return low, mid, high  # (B,1280,H/16,W/16)
 
     def rename(self, key):
-        return key.replace("._", ".").lstrip("_")  # the package's names are ours with underscores
+        """The package's names are ours with underscores."""
+        return key.replace("._", ".").lstrip("_")
 
 
 BACKBONES = {"lite0": Lite0, "vgg16": VGG16, "tiny": Tiny}
@@ -441,6 +442,8 @@ def main(argv=None):
         parser.error(f"--tag {given.tag}: expected {words}")
     status = 0
     for photo in sum(map(data.photos_of, given.photos), []):
+        if photo.stem.endswith("_stages"):
+            continue  # what an earlier call has drawn
         try:
             say(show_stages(photo, given.tag))
         except InputError as fault:

@@ -2310,6 +2310,7 @@ def test_bad_masks_are_named(case, kit):
         (["--lr", "nan"], "--lr"),
         (["--batch", "0"], "--batch"),
         (["--warmup", "0"], "--warmup"),
+        (["--warmup", "-1"], "--warmup"),
         (["--rounds", "x"], "rounds"),
         (["--seed", "-1"], "--seed"),
         (["--size", "5"], "--size"),
@@ -2661,6 +2662,8 @@ def test_the_four_stages_of_a_photo_without_training(tmp_path, capsys):
     said = capsys.readouterr()
     assert "cat, ImageNet class" in said.out and "bad.jpg" in said.err
     assert Image.open(tmp_path / "p_stages.png").width == 7 * 244
+    sgseg.main([str(tmp_path), "--tag", "cat"])  # again: its own pictures are no photos
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jpg", "p.jpg", "p_stages.png"]
     with pytest.raises(SystemExit):
         sgseg.main([str(photo), "--tag", "dragon"])
 

@@ -158,7 +158,7 @@ def under_maps(net, high, tags):
 def ridge(x, t, strength):
     """w (K,C) = argmin sum_n |t_n - mean t - w z_n|^2 + strength mean_n |z_n|^2 |w|^2, z = x
     less its mean, each channel in units of its deviation; w comes back in units of x. x (n,C), t
-    (n,K) float32."""
+    (n,K) float32. Source: ridge regression, Hoerl & Kennard 1970; that we use it is our choice."""
     deviation = x.std(0, correction=0) + 1e-6
     z = ((x - x.mean(0)) / deviation).double()  # (n,C)
     G = z.T @ z  # (C,C)
@@ -567,10 +567,11 @@ def check(cfg):
     cuda = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     devices = ["cuda", *cuda, "cpu"] if cuda else ["cpu"]
     cfg.device = devices[0] if cfg.device == "auto" else cfg.device
-    least = {"epochs": 1, "steps": 1, "batch": 1, "warmup": 0}
-    least |= {"rounds": 0, "radius": 0, "seed": 0, "workers": -1}
+    least = {"epochs": 1, "steps": 1, "batch": 1, "rounds": 0, "radius": 0, "seed": 0}
+    least["workers"] = -1
     ok = {name: (n <= getattr(cfg, name) < 2**31, f"{n} or more") for name, n in least.items()}
-    ok["warmup"] = (cfg.warmup or cfg.weights != "none", "1 or more without ImageNet weights")
+    fewest = 1 if cfg.weights == "none" else 0  # else nothing would teach the CAM head
+    ok["warmup"] = (fewest <= cfg.warmup < 2**31, "0 or more, 1 or more without ImageNet weights")
     ok["backbone"] = (cfg.backbone in BACKBONES, " or ".join(BACKBONES))
     ok["device"] = (cfg.device in devices, " or ".join(devices))
     ok["crop"] = (cfg.crop % 16 == 1 and 17 <= cfg.crop <= 4097, "16n+1, from 17 to 4097")
