@@ -133,7 +133,7 @@ def say(text, end="\n", stream=None):
         print(text.encode(encoding, "replace").decode(encoding), end=end, file=stream, flush=True)
     except OSError:  # a pipe that nobody reads, a full disk: from now on into the void
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    except ValueError:
+    except (ValueError, RuntimeError):  # closed; a signal's handler that speaks amid other words
         pass
 
 

@@ -1945,17 +1945,42 @@ def test_a_refine_that_was_cut_off_goes_on(toy, finished, tmp_path, monkeypatch)
     assert differing(product(finished), product(out)) == []
 
 
-def test_ctrl_c_at_a_terminal_reaches_the_loaders_too(toy, tmp_path):
-    """In the middle of a long epoch, the whole process group."""
+@pytest.mark.parametrize("send", [os.killpg, os.kill])
+def test_ctrl_c_with_loaders_is_one_line(send, toy, tmp_path):
+    """In the middle of a long epoch: at a terminal, to the whole group; to the main process alone,
+    whose loaders then end by themselves."""
     out = tmp_path / "run"
     argv = [sys.executable, HERE / "train.py", *options(toy, out, "--steps", 5000, "--workers", 1)]
     process = started(argv, stdout=subprocess.DEVNULL, start_new_session=True)
     while process.poll() is None and not (out / "checkpoint.pt").exists():
         time.sleep(0.05)
     time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)
+    send(process.pid, signal.SIGINT)
     said = process.communicate(timeout=30)[1]
     assert process.returncode == 130 and said.count("\n") == 1 and "--resume" in said
+    with pytest.raises(ProcessLookupError):  # nobody is left of the group
+        for _ in range(150):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
+def test_ctrl_c_is_not_lost_where_exceptions_are():
+    """In a destructor, as torch's loaders have them: an exception would be swallowed there."""
+    program = """
+import signal, train
+
+class Loader:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, train.stop)
+loader = Loader()
+del loader
+print("went on")
+"""
+    how = {"cwd": HERE, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", program], **how)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{train.STOPPED}\n")
 
 
 def test_ctrl_c_while_torch_is_being_imported():

@@ -16,6 +16,7 @@ import argparse
 import fcntl
 import inspect
 import json
+import os
 import re
 import signal
 import sys
@@ -76,6 +77,7 @@ BAND = 0.15  # hi - lo: labels between are undecided (our choice; a wider band d
 FLOOR = (1e-5, 0.3)  # a map is stretched by at most 1 / floor: round 1, later rounds (tuned)
 MOMENTUM = 0.9  # of SGD (DeepLab)
 WEIGHT_DECAY = 1e-4  # of SGD (our choice)
+STOPPED = "sgseg: stopped; --resume goes on, repeating at most one epoch"
 
 
 # ---- the whole method ----------------------------------------------------------------------------
@@ -258,7 +260,14 @@ def batches(run, r, epoch):
     cuda = cfg.device.startswith("cuda")
     workers = 4 * cuda if cfg.workers < 0 else cfg.workers
     how = {"sampler": order, "drop_last": True, "pin_memory": cuda, "num_workers": workers}
+    how["worker_init_fn"] = hush
     return torch.utils.data.DataLoader(data.Crops(run.voc, *crops), batch, **how)
+
+
+def hush(worker):
+    """A loader process leaves Ctrl-C and what is said of errors to the main one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def update(run, r):
@@ -685,7 +694,7 @@ def main(argv=None):
         command(sys.argv[1:] if argv is None else argv)
         return 0
     except KeyboardInterrupt:
-        say("sgseg: stopped; --resume goes on, repeating at most one epoch", stream=sys.stderr)
+        say(STOPPED, stream=sys.stderr)
         return 130
     except InputError as e:
         fault = str(e)
@@ -698,6 +707,13 @@ def main(argv=None):
     return 2
 
 
+def stop(*_):
+    """Ctrl-C is a kill with a line: what is saved is whole. (torch's destructors would swallow an
+    exception.)"""
+    say(STOPPED, stream=sys.stderr)
+    os._exit(130)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, stop)
     sys.exit(main())
