@@ -1,11 +1,14 @@
 """PASCAL VOC as it is distributed: tags for training, masks for scoring only; a toy set in the same
 layout; mIoU; pictures.
 
+    python data.py PATH                  what the loader sees in a devkit or a folder of photos
+
 Training reads JPEGImages, Annotations and ImageSets; SegmentationClass* is for scoring, and for
 `--supervised`, the upper bound. Other classes than VOC's twenty are named in classes.txt, one a
 line.
 """
 
+import csv
 import hashlib
 import io
 import os
@@ -308,15 +311,17 @@ class VOC:
         xml = self.root / "Annotations" / f"{self.ids[i]}.xml"
         return read_tags(xml, self.classes) if self.split == "train" or xml.exists() else set()
 
-    def scan(self, masks=False):
+    def scan(self, masks=False, most=10):
         """Read every photo, every tag and, with masks, every mask there is, before training
-        begins. Sets tags (n,K) float32. Raises InputError with the first ten faults."""
+        begins. Sets tags (n,K) float32 and sizes. Raises InputError with at most so many faults."""
         self.tags = torch.zeros(len(self.ids), len(self.classes))
+        self.sizes = []
         faults = []
         contradict = []
         for i in track(f"scan {self.split}", range(len(self.ids))):
             try:
                 size = read_image(self.image_paths[i]).size
+                self.sizes.append(size)
                 tagged = {self.classes.index(tag) for tag in self.read_tags(i)}
                 self.tags[i, list(tagged)] = 1
                 if masks and self.mask_paths[i]:
@@ -326,7 +331,8 @@ class VOC:
             except InputError as fault:
                 faults.append(str(fault))
         if len(faults) > 1:
-            faults = [f"{len(faults)} files are wrong; the first ten:", *faults[:10]]
+            rest = f"; the first {most} (python data.py PATH: all)" if len(faults) > most else ""
+            faults = [f"{len(faults)} files are wrong{rest}:", *faults[:most]]
         if faults:
             raise InputError(*faults)
         if masks:
@@ -351,8 +357,8 @@ class VOC:
 
 
 class Photos(VOC):
-    """Tagged photos without a devkit: DIR/CLASS/photo.jpg, of every usual ending. The same photo
-    (to the byte) in two folders has two tags; photos in DIR itself have none. Masks, for scoring
+    """Tagged photos without a devkit: DIR/CLASS/photo.jpg, of every usual ending, or
+    DIR/tags.csv. Classes in the order of DIR/classes.txt, else of their names. Masks, for scoring
     only: DIR/masks/CLASS/photo.png. ids are paths below DIR without their ending. Raises
     InputError."""
 
@@ -360,20 +366,18 @@ class Photos(VOC):
         self.root = Path(path).resolve()
         fault = f"{path}: no such folder; expected DIR/CLASS/photo.jpg; correct --photos"
         need(self.root.is_dir(), fault)
-        inside = [folder for folder in sorted(self.root.iterdir()) if folder.is_dir()]
-        folders = [folder for folder in inside if folder.name != "masks"]
-        self.classes = check_classes([folder.name for folder in folders], self.root)
+        table = self.root / "tags.csv"
+        found = tags_of_table(table) if table.exists() else tags_of_folders(self.root)
+        need(found, f"{path}: no photo in it; expected DIR/CLASS/photo.jpg; add some")
         self.split = "train"
         self.tags = None
-        found = {}  # photo's bytes, hashed -> its path and tags
-        for folder in [*folders, self.root]:
-            for photo in photos_of(folder):
-                key = hashlib.sha256(read(photo)).digest()
-                tags = found.setdefault(key, (photo, set()))[1]
-                tags |= {folder.name} if folder != self.root else set()
-        need(found, f"{path}: no photo in it; expected DIR/CLASS/photo.jpg; add some")
-        self.image_paths = [photo for photo, _ in found.values()]
-        self.found_tags = [tags for _, tags in found.values()]
+        self.image_paths = list(found)
+        self.found_tags = list(found.values())
+        names = self.root / "classes.txt"
+        tags = set().union(*self.found_tags)
+        self.classes = read_classes(names) if names.exists() else check_classes(sorted(tags), path)
+        unknown = " ".join(tags - set(self.classes))
+        need(not unknown, f"{names}: does not list {unknown}; expected every tag; add it")
         self.ids = [str(p.relative_to(self.root).with_suffix("")) for p in self.image_paths]
         fault = f"{path}: two photos whose names differ only in their ending; rename one"
         need(len(set(self.ids)) == len(self.ids), fault)
@@ -389,9 +393,43 @@ class Photos(VOC):
         return self.found_tags[i]
 
 
+def tags_of_folders(root):
+    """{photo: set of tags} of ROOT/CLASS/photo.jpg. The same photo (to the byte) in two folders
+    has two tags; photos in ROOT itself have none. Raises InputError."""
+    folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir()]
+    found = {}  # photo's bytes, hashed -> its path and tags
+    for folder in [*(folder for folder in folders if folder.name != "masks"), root]:
+        for photo in photos_of(folder):
+            key = hashlib.sha256(read(photo)).digest()
+            tags = found.setdefault(key, (photo, set()))[1]
+            tags |= {folder.name} if folder != root else set()
+    return dict(found.values())
+
+
+def tags_of_table(path):
+    """{photo: set of tags} of the rows `file,cat dog` of a tags.csv; commas, semicolons or tabs,
+    quotes and a header line as spreadsheets write them. Raises InputError."""
+    lines = read_text(path).splitlines()
+    delimiter = max(",;\t", key="".join(lines).count)
+    found = {}
+    for n, (name, *tags) in enumerate(row for row in csv.reader(lines, delimiter=delimiter) if row):
+        photo = path.parent / name.strip()
+        if n == 0 and not photo.exists():
+            continue  # a header
+        inside = path.parent in photo.resolve().parents
+        need(inside, f"{path}: {name}; expected a file below its folder; move it there")
+        found.setdefault(photo.resolve(), set()).update(" ".join(tags).split())
+    return found
+
+
 def photos_of(path):
-    """The pictures in a folder, sorted, of every usual ending; a path to anything else as it is."""
+    """The pictures in a folder, sorted, of every usual ending; those of a devkit's list of ids,
+    ROOT/ImageSets/Segmentation/SPLIT.txt; a path to anything else as it is."""
     path = Path(path)
+    if path.suffix == ".txt":
+        folder = path.resolve().parents[2] / "JPEGImages"
+        found = pictures_in(folder)
+        return [found.get(name, folder / f"{name}.jpg") for name in read_list(path)]
     inside = sorted(path.glob("*")) if path.is_dir() else []
     return [p for p in inside if p.suffix.lower() in ENDINGS] if path.is_dir() else [path]
 
@@ -500,6 +538,20 @@ def summary(C, classes):
     return scores | {"confusion": C.tolist()}
 
 
+def shares(label, names):
+    """{name: share of the pixels} of the classes that occur in a label, "undecided" of 255."""
+    counts = np.bincount(label.ravel(), minlength=256) / label.size
+    share = {names[k]: float(x) for k, x in enumerate(counts[:IGNORE]) if x}
+    return share | ({"undecided": float(counts[IGNORE])} if counts[IGNORE] else {})
+
+
+def csv_text(rows):
+    """Rows as the text of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
 # ---- pictures ------------------------------------------------------------------------------------
 
 
@@ -520,9 +572,20 @@ def heat(image, M):
     return Image.fromarray((grey * 0.4 + 153 * colour).astype(np.uint8))
 
 
-def overlay(image, label):
-    """Label colours over the photo; 255 comes out white."""
-    return Image.blend(image, palette_image(label).convert("RGB"), 0.6)
+def overlay(image, label, names=()):
+    """Label colours over the photo, 255 white; with the names of all classes a legend of those
+    that occur."""
+    colours = palette_image(label)
+    picture = Image.blend(image, colours.convert("RGB"), 0.6)
+    draw = ImageDraw.Draw(picture)
+    side = max(10, image.height // 25)
+    for n, name in enumerate(shares(label, names) if names else ()):
+        k = IGNORE if name == "undecided" else names.index(name)
+        box = (side, side * (2 * n + 1), 2 * side, side * (2 * n + 2))
+        draw.rectangle(box, fill=tuple(colours.getpalette()[3 * k : 3 * k + 3]), outline="white")
+        where = (3 * side, box[1])
+        draw.text(where, name, "white", font_size=side, stroke_width=1, stroke_fill="black")
+    return picture
 
 
 def sheet(rows, width=160):
@@ -607,3 +670,43 @@ def make_toy(root, train=240, val=60, size=97, seed=0):
     (root / "ImageSets/Segmentation/val.txt").write_text("\n".join(ids[train:]) + "\n")
     (root / "classes.txt").write_text("\n".join(TOY_CLASSES) + "\n")  # last: then the set is whole
     return root
+
+
+# ---- what is in a data set -----------------------------------------------------------------------
+
+
+def report(path):
+    """Print what the loader sees in a devkit or folder of photos: splits, classes, sizes, masks.
+    Raises InputError with every fault for which training would refuse it."""
+    above = [Path(path), Path(path) / "VOC2012", Path(path) / "VOCdevkit" / "VOC2012"]
+    if not any((root / "ImageSets").is_dir() for root in above):
+        kits = [Photos(path)]
+        say(f"{kits[0].root}: photos in folders or tags.csv (--photos)")
+    else:
+        kits = [VOC(path, "train")]
+        say(f"{kits[0].root}: a VOC devkit (--voc)")
+        kits += [VOC(path, "val")] if kits[0].has("val") else []
+    faults = []
+    for kit in kits:
+        try:
+            kit.scan(masks=True, most=len(kit.ids))
+        except InputError as fault:
+            faults.append(str(fault))
+        sides = np.array(kit.sizes or [(0, 0)])
+        masks = sum(path is not None for path in kit.mask_paths)
+        say(f"{kit.split}: {len(kit.ids)} photos, {sides.min()} to {sides.max()} pixels a side")
+        say(f"  masks, for scoring only: {masks}")
+        for name, n in zip(kit.classes, kit.tags.sum(0).int().tolist()):
+            say(f"  {name}: {n}")
+        say(f"  without a tag: {int((kit.tags.sum(1) == 0).sum())}")
+    if faults:
+        raise InputError(*faults)
+
+
+if __name__ == "__main__":
+    try:
+        need(len(sys.argv) == 2, "expected one folder: python data.py PATH")
+        report(sys.argv[1])
+    except InputError as fault:
+        say(f"data.py: {fault}", stream=sys.stderr)
+        sys.exit(2)

@@ -193,6 +193,7 @@ class Lite0(Backbone):
 
 
 BACKBONES = {"lite0": Lite0, "vgg16": VGG16, "tiny": Tiny}
+SCALES = (1.0, 0.5, 0.75, 1.25, 1.5)  # for `SGSeg.scales`: the first alone, or all (our choice)
 
 
 def load_imagenet(backbone, source="auto"):
@@ -272,6 +273,7 @@ class SGSeg(nn.Module):
         self.size = size
         self.favour = favour
         self.guide = (radius, eps) if self_guided else None
+        self.scales = SCALES[:1]  # of `leading`; SCALES: better and slower
         self.backbone = BACKBONES[backbone]()
         _, c_mid, c_high = self.backbone.channels
         self.cam = nn.Conv2d(c_high, len(names), 1, bias=False)
@@ -289,9 +291,9 @@ class SGSeg(nn.Module):
         s = S.float().mean((2, 3))  # (B,K)
         return S, s, self.seg(mid, high), (low, mid, high)
 
-    def input(self, image):
-        """x (1,3,H,W) of a PIL image: H, W of the form 16n+1, the long side about `size`."""
-        x = to_tensor(aligned(image, self.size))[None].to(self.mean.device)
+    def input(self, image, scale=1.0):
+        """x (1,3,H,W) of a PIL image: H, W of the form 16n+1, the long side about scale size."""
+        x = to_tensor(aligned(image, scale * self.size))[None].to(self.mean.device)
         return x.contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
@@ -300,11 +302,11 @@ class SGSeg(nn.Module):
         return self.backbone((self.input(image) - self.mean) / self.std)
 
     @torch.no_grad()
-    def outputs(self, image):
+    def outputs(self, image, scale=1.0):
         """S (1,K,H/16,W/16), s (1,K), Z (1,K+1,H/8,W/8) of one PIL image, each averaged with its
         mirror image's, and F_mid (1,C,H/8,W/8). H and W are of the form 16n+1, the long side
-        about `size`. float32, on CUDA too: the affinity looks at small differences."""
-        x = self.input(image)
+        about scale size. float32, on CUDA too: the affinity looks at small differences."""
+        x = self.input(image, scale)
         S, s, Z, (_, mid, _) = self(x)
         S2, s2, Z2, _ = self(x.flip(3))
         return (S + S2.flip(3)) / 2, (s + s2) / 2, (Z + Z2.flip(3)) / 2, mid
@@ -312,8 +314,8 @@ class SGSeg(nn.Module):
     @torch.no_grad()
     def leading(self, image):
         """(P,) int64, the indices of the classes that lead somewhere on the stride-8 grid, and
-        (P,H,W) float32 in [0,1], their softmax probabilities, guided by the photo. No tags, single
-        scale:
+        (P,H,W) float32 in [0,1], their softmax probabilities, guided by the photo. No tags; Z and
+        s are means over `scales`:
 
             softmax(Z + c),  c_0 = 0,  c_k = log sigmoid(s_k) - max_j log sigmoid(s_j) + favour
 
@@ -321,7 +323,9 @@ class SGSeg(nn.Module):
         every pixel of p > J / (1 + J), not 1/2 (after Lipton et al. 2014). Our choices
         (docs/CHOICES.md).
         """
-        _, s, Z, _ = self.outputs(image)
+        _, s, Z, _ = zip(*(self.outputs(image, scale) for scale in self.scales))
+        s = torch.stack(s).mean(0)  # (1,K)
+        Z = torch.stack([refine.up(Z_n, Z[0].shape[-2:]) for Z_n in Z]).mean(0)
         present = F.logsigmoid(s)  # (1,K)
         head_start = present - present.amax(1, keepdim=True) + self.favour
         Z[:, 1:] += head_start[:, :, None, None]

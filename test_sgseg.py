@@ -6,6 +6,7 @@ end to end, runs that are stopped or broken at every write, and rubbish in.
 """
 
 import ast
+import csv
 import dataclasses
 import doctest
 import errno
@@ -844,7 +845,11 @@ def test_outputs_are_averaged_with_the_mirror_image(toy):
 def looking(monkeypatch, s, Z, **how):
     """A network that sees s (K) and Z (1,K+1,h,w) in every image."""
     net = SGSeg(NAMES[: len(s)], "tiny", **how).eval()
-    monkeypatch.setattr(net, "outputs", lambda image: (None, torch.tensor([s]), Z.clone(), None))
+
+    def outputs(image, scale):
+        return None, torch.tensor([s]), Z.clone(), None
+
+    monkeypatch.setattr(net, "outputs", outputs)
     return net
 
 
@@ -2179,6 +2184,7 @@ def test_a_loss_that_is_not_finite_names_step_images_and_last_good_state(
         L_cls, L_seg = losses(*args)
         return L_cls * (math.nan if len(steps) == 3 else 1), L_seg
 
+    monkeypatch.setattr(train, "announce", lambda run: None)  # it takes steps that are not counted
     monkeypatch.setattr(train, "losses", third)
     out = tmp_path / "run"
     assert train.main(options(toy, out)) == 2
@@ -2606,11 +2612,81 @@ def test_tagged_photos_become_masks_beside_the_run(album, tmp_path):
     assert not np.asarray(Image.open(out / "masks" / "nothing.png")).any()
 
 
+TABLES = {
+    "commas and a header": "file,tags\n{a},disc cross\n{b},\n",
+    "semicolons": "{a};disc;cross\n\n{b};;\n",
+    "tabs and quotes": '"{a}"\t"disc cross"\n"{b}"\t\n',
+    "a row for each tag": "{a},disc\n{a},cross\n{b},\n",
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_of_tags_is_a_training_set(table, toy, tmp_path):
+    names = {"a": "from, the sea.JPG", "b": "deep/b.jpg"}
+    if table != "tabs and quotes":
+        names["a"] = "from the sea.JPG"
+    for name in names.values():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(toy / JPG, tmp_path / name)
+    (tmp_path / "tags.csv").write_text(TABLES[table].format(**names), "utf-8-sig")
+    photos = data.Photos(tmp_path)
+    photos.scan()
+    assert photos.classes == ["cross", "disc"]
+    assert photos.ids == [Path(names["a"]).stem, "deep/b"]
+    assert photos.tags.tolist() == [[1, 1], [0, 0]]
+    (tmp_path / "classes.txt").write_text("disc\ncross\nsquare\n")
+    assert data.Photos(tmp_path).classes == ["disc", "cross", "square"]
+    (tmp_path / "classes.txt").write_text("disc\n")
+    assert "cross" in refused(data.Photos, tmp_path)
+
+
+def test_tables_of_tags_name_photos_that_are_there(toy, tmp_path):
+    shutil.copy(toy / JPG, tmp_path / "a.jpg")
+    (tmp_path / "tags.csv").write_text("a.jpg,disc\nb.jpg,disc\n")
+    assert "b.jpg: no such file" in refused(data.Photos(tmp_path).scan)
+    (tmp_path / "tags.csv").write_text("a.jpg,disc\n../b.jpg,disc\n")
+    assert "../b.jpg" in refused(data.Photos, tmp_path)
+    (tmp_path / "tags.csv").write_text("file,tags\n")
+    assert "no photo" in refused(data.Photos, tmp_path)
+
+
+def test_areas_are_the_shares_of_the_masks(finished, toy):
+    rows = list(csv.reader(io.StringIO((finished / "areas.csv").read_text())))
+    assert rows[0] == ["photo", "class", "share"]
+    names = ["background", *data.TOY_CLASSES, *["undecided"] * 251]
+    for name in VOC(toy, "train").ids:
+        mask = np.asarray(Image.open(finished / "masks" / f"{name}.png"))
+        want = {names[k]: float((mask == k).mean()) for k in np.unique(mask)}
+        assert {row[1]: float(row[2]) for row in rows if row[0] == name} == want
+
+
+def test_data_py_says_what_the_loader_sees(kit, album, capsys):
+    data.report(kit)
+    said = capsys.readouterr().out
+    tags = VOC(kit, "train")
+    tags.scan()
+    assert "a VOC devkit" in said and "train: 16 photos, 97 to 97 pixels" in said
+    for name, n in zip(tags.classes, tags.tags.sum(0).int().tolist()):
+        assert f"  {name}: {n}\n" in said
+    data.report(album)
+    assert "without a tag: 1\n" in capsys.readouterr().out
+    for n in range(12):
+        (kit / f"JPEGImages/toy_{n:04d}.jpg").write_bytes(b"no photo")
+    argv = [sys.executable, HERE / "data.py", kit]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 2 and "12 files are wrong:" in done.stderr
+    assert all(f"toy_{n:04d}.jpg" in done.stderr for n in range(12))
+    assert "Traceback" not in done.stderr and "train: 16 photos" in done.stdout
+    assert "the first 10 (python data.py PATH: all)" in refused(VOC(kit, "train").scan)
+    done = subprocess.run(argv[:2], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
 def test_bad_albums_get_one_line(album, tmp_path, capsys):
-    (album / "background").mkdir()
+    shutil.copytree(album / "disc", album / "background")
     assert train.main(["--photos", str(album), "--out", str(tmp_path / "a")]) == 2
     assert "0 is the background" in capsys.readouterr().err
-    (album / "background").rmdir()
+    shutil.rmtree(album / "background")
     double = next(album.glob("*/*.JPG"))
     Image.open(double).save(double.with_suffix(".png"))
     assert train.main(["--photos", str(album), "--out", str(tmp_path / "b")]) == 2
@@ -2631,6 +2707,124 @@ def test_segment_takes_folders_and_goes_on_after_a_bad_photo(copied, toy, tmp_pa
     assert said.count("\n") == 1 and "b.jpg" in said
     made = {path.name for path in (run / "segmented").iterdir()}
     assert made >= {"a.png", "a_overlay.png", "c.png", "c_overlay.png"} and "b.png" not in made
+    rows = list(csv.reader(io.StringIO((run / "segmented/areas.csv").read_text())))
+    assert {row[0] for row in rows[1:]} == {str(folder / "a.jpg"), str(folder / "c.jpg")}
+
+
+def test_segment_a_list_as_the_server_wants_it(copied, toy):
+    listed = toy / "ImageSets/Segmentation/val.txt"
+    assert train.main(["--out", str(copied), "--segment", str(listed)]) == 0
+    made = sorted((copied / "results/VOC2012/Segmentation/comp5_test_cls").iterdir())
+    assert [path.name for path in made] == [f"{name}.png" for name in VOC(toy, "val").ids]
+    label = Image.open(made[0])
+    assert label.mode == "P" and label.size == (97, 97)
+    assert np.array_equal(label, SGSeg.load(copied).segment(toy / f"JPEGImages/{VAL}.jpg"))
+
+
+def test_segment_softly_and_at_many_scales(copied, toy):
+    net = SGSeg.load(copied)
+    out = copied / "segmented"
+    argv = ["--out", str(copied), "--segment", str(toy / JPG)]
+    assert train.main([*argv, "--soft"]) == 0
+    soft = np.load(out / "toy_0003.npz")
+    p = net.probabilities(toy / JPG).numpy()
+    assert soft["classes"].tolist() == net.classes and soft["probabilities"].dtype == np.float16
+    assert np.abs(soft["probabilities"] - p).max() < 1e-3
+    assert train.main([*argv, "--multi-scale"]) == 0
+    net.scales = sgseg.SCALES
+    assert np.array_equal(Image.open(out / "toy_0003.png"), net.segment(toy / JPG))
+
+
+def test_many_scales_are_averaged(toy):
+    net = SGSeg(NAMES, "tiny", size=97, self_guided=False).eval()
+    image = read_image(toy / JPG)
+    net.scales = (1.0, 0.5)
+    _, s, Z, _ = net.outputs(image)
+    _, s2, Z2, _ = net.outputs(image, 0.5)
+    assert Z2.shape[-1] == 7 and Z.shape[-1] == 13
+    Z = (Z + F.interpolate(Z2, (13, 13), mode="bilinear", align_corners=True)) / 2
+    present = F.logsigmoid((s + s2) / 2)
+    Z[:, 1:] += (present - present.max() + 0.75)[:, :, None, None]
+    k, q = net.leading(image)
+    assert torch.equal(k, Z.argmax(1).unique())
+    want = F.interpolate(Z.softmax(1)[:, k], (97, 97), mode="bilinear", align_corners=True)
+    assert torch.allclose(q, want[0], atol=1e-5)
+
+
+def test_overlays_have_a_legend():
+    """A square in each class's colour, and words beside it."""
+    label = np.zeros((100, 100), np.uint8)
+    label[60:, 60:] = 2
+    names = ["background", "cat", "dog"]
+    grey = Image.new("RGB", (100, 100), (100, 100, 100))
+    plain = np.asarray(data.overlay(grey, label)).astype(int)
+    legend = np.asarray(data.overlay(grey, label, names)).astype(int)
+    assert tuple(legend[15, 15]) == (0, 0, 0)  # background
+    assert tuple(legend[35, 15]) == (0, 128, 0)  # dog, the next of those that occur
+    changed = np.abs(legend - plain).sum(2) > 0
+    assert changed[:, 30:].any() and not changed[60:, 60:].any()
+
+
+def test_a_run_from_the_warm_up_of_another_is_the_same_run(finished, toy, tmp_path, capsys):
+    """The warm-up's weights, not its momentum: what follows at a momentum of 0 is equal."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "MOMENTUM", 0.0)
+        assert train.main(options(toy, tmp_path / "a")) == 0
+        assert train.main(options(toy, tmp_path / "b", "--from", tmp_path / "a")) == 0
+    a = product(tmp_path / "a")
+    b = product(tmp_path / "b")
+    assert same(a["model"], b["model"])
+    assert a["pictures"] == b["pictures"]
+    capsys.readouterr()
+    assert train.main(options(toy, tmp_path / "c", "--from", tmp_path / "d")) == 2
+    assert "warmup.pt: no such file" in complaint(capsys)
+    other = make_toy(tmp_path / "other", train=4, val=1)
+    (other / "classes.txt").write_text("disc\nsquare\ntriangle\ncross\nring\n")
+    assert train.main(options(other, tmp_path / "e", "--from", finished)) == 2
+    assert "has other classes or backbone" in complaint(capsys)
+
+
+@pytest.mark.parametrize("label", [0, 1, 255])
+def test_labels_that_collapse_are_warned_of(label, toy, tmp_path, monkeypatch, capsys):
+    """All background; all of one class; nothing decided."""
+
+    def annotate(net, image, tags, cfg, r):
+        return (torch.full((1, *image.size[::-1]), label, dtype=torch.uint8),)
+
+    monkeypatch.setattr(train, "label_image", annotate)
+    for name in ("announce", "look", "evaluate"):
+        monkeypatch.setattr(train, name, lambda *_: None)
+    assert train.main(options(toy, tmp_path / "run", "--rounds", 1)) == 0
+    said = capsys.readouterr().err.splitlines()
+    lost = ["background", *data.TOY_CLASSES]
+    if label < 255:
+        lost.pop(label)
+    lost += ["all but background"] if label == 0 else []
+    for r, line in enumerate(said, 1):
+        head = f"warning: round {r} labels almost nothing as {' '.join(lost)}: look"
+        assert line.startswith(head)
+    assert len(said) == 2
+
+
+def test_labels_as_they_should_be_are_not(learnt):
+    assert "warning" not in learnt.with_name("log").read_text()
+
+
+def test_a_run_says_beforehand_what_it_will_do(learnt):
+    log = learnt.with_name("log").read_text()
+    said = re.search("240 photos, 4 classes, 2 rounds, 345 steps to go: about (.*) minutes", log)
+    took = re.search(r"(.*) minutes; results.json", log)[1]
+    assert 0.3 * float(took) - 1 < int(said[1]) < 3 * float(took) + 1
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_network_can_be_exported_and_saved(name, tmp_path):
+    net = SGSeg(NAMES, name).eval()
+    x = torch.rand(1, 3, 97, 97)
+    torch.export.save(torch.export.export(net, (x,)), tmp_path / "net.pt2")
+    S, s, Z, _ = torch.export.load(tmp_path / "net.pt2").module()(x)
+    for a, b in zip((S, s, Z), net(x)):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_ridge_is_the_minimum_of_its_sum():
@@ -2895,3 +3089,20 @@ def test_docs_scripts_run(learnt, toy, tmp_path):
         said = ended(process), (tmp_path / f"log{n}").read_text()
         assert said == (0, "") and (tmp_path / f"log{n}.out").read_text()
     assert (tmp_path / "p.png").exists() and (tmp_path / "f/toy_0250.png").exists()
+
+
+def test_a_run_becomes_one_page_to_look_at(copied, tmp_path, monkeypatch, capsys):
+    """Whole by itself, the same on any class list; one line where there is no run."""
+    monkeypatch.syspath_prepend(str(HERE / "docs"))
+    report = runpy.run_path(str(HERE / "docs" / "report.py"))["main"]
+    assert report([str(copied)]) == 0
+    page = (copied / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    for word in ("after round 0", "after round 2", "L_seg", "refine 3", "val seg", "--crop 33"):
+        assert word in page
+    (copied / "pseudo").rename(copied / "gone")
+    assert report([str(copied)]) == 0
+    capsys.readouterr()
+    for run in (tmp_path / "nothing", tmp_path):
+        assert report([str(run)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1

@@ -6,6 +6,7 @@
     python train.py --out RUN --resume                  go on where a run stopped
     python train.py --eval RUN                          score a run again
     python train.py --out RUN --segment PHOTO.jpg ...   masks for your own photos
+    python data.py PATH                                 what the loader sees in your data
 
 Warm-up on tags; then every round refines the pseudo labels with the network fixed and updates the
 network with the labels fixed; a last refine ends the run (Ke & Hsu 2018, abstract, sentence 9). The
@@ -13,8 +14,10 @@ schedule and every number are our choice; "tuned": on training masks of our VOC 
 """
 
 import argparse
+import difflib
 import fcntl
 import inspect
+import io
 import json
 import os
 import re
@@ -35,27 +38,31 @@ import torch.nn.functional as F
 import data
 import refine
 from data import IGNORE, InputError, need, read_image, refusing, say, track, write
-from sgseg import BACKBONES, SGSeg, load_imagenet
+from sgseg import BACKBONES, SCALES, SGSeg, load_imagenet
 
 
 @dataclass
 class Config:
     """Every option of a run and of the command line; the comments are the texts of --help."""
 
+    # data and weights
     voc: str = ""  # devkit folder; without it and --photos the built-in toy set
     photos: str = ""  # folder of tagged photos, DIR/CLASS/*.jpg, in place of a devkit
     out: str = ""  # run folder; without it runs/voc, runs/photos or runs/toy
     backbone: str = "lite0"  # lite0, vgg16 or tiny
     weights: str = "auto"  # ImageNet weights: auto (the backbone's own, if any), none, or a file
+    # schedule
     warmup: int = 0  # epochs of L_cls alone before round 1; 0 only on ImageNet weights (tuned)
     rounds: int = 3  # rounds of refine + update between the warm-up and the last refine (tuned)
     epochs: int = 4  # epochs of each update (our choice)
     steps: int = 15  # an epoch has at least so many: small sets are passed over again (our choice)
     batch: int = 16  # images a step (our choice)
     lr: float = 0.01  # of SGD, heads x10 on ImageNet weights; falls as (1 - n/N)^0.9 (DeepLab)
+    # pictures
     crop: int = 257  # side of a training crop, 16n+1 (our choice: what two cores bear)
     size: int = 500  # long side at refining and testing (VOC's own); training scales it
     scale: tuple = (0.5, 1.0)  # range of the random scale of --size in training (our choice)
+    # method
     affinity: bool = True  # stage 2, affinity guidance
     self_guided: bool = True  # stage 3, for the maps and for the head's answer when segmenting
     strength: tuple = (100.0, 10.0)  # lambda of the affinity energy: round 1, later rounds (tuned)
@@ -64,6 +71,7 @@ class Config:
     lo: tuple = (0.35, 0.45, 0.40, 0.35)  # lo of each refine; its last is the last refine's (tuned)
     favour: float = 0.75  # objects' head start in logits when segmenting (tuned)
     supervised: bool = False  # train on the true masks: the upper bound, for measuring only
+    # machine
     seed: int = 0  # of weights, order and augmentation
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     workers: int = -1  # loader processes; -1: none on a CPU, 4 with CUDA; never changes the result
@@ -211,9 +219,14 @@ def refine_labels(run, r, annotate=label_image):
             write(path, data.palette_image(label))
         counts += np.bincount(run.label(i, r).ravel(), minlength=256)
     share = counts / counts.sum()
-    names = ["background", *run.voc.classes]
-    shares = {name: float(x) for name, x in zip(names, share) if x}
+    tagged = [1, *run.voc.tags.sum(0).tolist()]
+    shares = {n: float(x) for n, x in zip(run.net.classes, share) if x}
     run.log("labels", round=r, undecided=float(share[IGNORE]), **shares)
+    lost = [n for n, tags in zip(run.net.classes, tagged) if tags and shares.get(n, 0) < 1e-4]
+    lost += ["all but background"] if shares.get("background", 0) > 0.99 else []
+    if lost:
+        fault = f"warning: round {r} labels almost nothing as {' '.join(lost)}"
+        say(f"{fault}: look at panels/; other --lo, or more photos", stream=sys.stderr)
     run.save()
 
 
@@ -324,14 +337,19 @@ def update_step(run, batch, decay, where):
 
 def deliver(run):
     """The labels of the last refine where one looks for them: RUN/masks/ID.png,
-    RUN/overlays/ID.png, and RUN/classes.txt, whose n-th line is index n - 1."""
-    names = ["background", *run.voc.classes]
+    RUN/overlays/ID.png, RUN/areas.csv (photo, class, share of its pixels) and RUN/classes.txt,
+    whose n-th line is index n - 1."""
+    names = run.net.classes
     write(run.folder / "classes.txt", "\n".join(names) + "\n")
+    rows = [("photo", "class", "share")]
     for i in track("masks", range(0 if run.cfg.supervised else len(run.voc.ids))):
+        name = run.voc.ids[i]
         label = run.label(i, run.cfg.rounds + 1)
         image = read_image(run.voc.image_paths[i])
-        write(run.folder / "masks" / f"{run.voc.ids[i]}.png", data.palette_image(label))
-        write(run.folder / "overlays" / f"{run.voc.ids[i]}.png", data.overlay(image, label))
+        write(run.folder / "masks" / f"{name}.png", data.palette_image(label))
+        write(run.folder / "overlays" / f"{name}.png", data.overlay(image, label, names))
+        rows += [(name, *share) for share in data.shares(label, names).items()]
+    write(run.folder / "areas.csv", data.csv_text(rows))
 
 
 def look(run, r):
@@ -523,12 +541,20 @@ def assemble(cfg, argv=(), fresh=True):
     return Run(cfg, voc, val, net, opt, about)
 
 
-def begin(cfg, argv):
-    """A new run in its folder, which must hold nothing else. Raises InputError."""
+def begin(cfg, argv, other=None):
+    """A new run in its folder, which must hold nothing else; after the warm-up of another run,
+    if one is given, whose weights it takes (not the momentum). Raises InputError."""
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     inside = {path.name for path in Path(cfg.out).iterdir()} - {"toy", "lock", "checkpoint.pt.tmp"}
     need(not inside, f"{cfg.out}: is not empty; expected a new folder; --resume, or another --out")
     run = assemble(cfg, argv)
+    if other:
+        net = SGSeg.load(Path(other) / "warmup.pt", cfg.device)
+        same = (net.classes, type(net.backbone)) == (run.net.classes, type(run.net.backbone))
+        need(same, f"{other}: has other classes or backbone; expected this run's; leave --from out")
+        run.net.load_state_dict(net.state_dict())
+        run.epoch = cfg.warmup
+        run.log("fit", round=0)
     run.save()
     return run
 
@@ -597,29 +623,42 @@ def check(cfg):
 
 
 def parse(argv):
-    """Command line -> {"resume", "eval", "segment"} and the Config options given; others are
+    """Command line -> every other job and its options, and the Config options given; others are
     absent."""
-    layout = argparse.RawDescriptionHelpFormatter
+    layout = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=28)
     parser = argparse.ArgumentParser("train.py", None, __doc__, formatter_class=layout)
 
     def refuse(fault):
-        raise InputError(f"command line: {fault}; expected the options of --help; correct it")
+        wrong = re.search(r"arguments: (-\S+)", fault)
+        near = difflib.get_close_matches(wrong[1], parser._option_string_actions) if wrong else []
+        expected = " or ".join(near) or "the options of --help"
+        raise InputError(f"command line: {fault}; expected {expected}; correct it")
 
     parser.error = refuse
-    texts = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    for f in fields(Config):
-        how = {"type": f.type, "metavar": f.type.__name__.upper()}
-        if f.type is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        if f.type is tuple:
-            how = {"type": float, "nargs": "+" if f.name == "lo" else 2, "metavar": "FLOAT"}
-        toy = f", toy {TOY[f.name]}" if f.name in TOY else ""
-        help = f"{texts[f.name]} [{f.default}{toy}]".replace("%", "%%")
-        option = f"--{f.name.replace('_', '-')}"
-        parser.add_argument(option, default=argparse.SUPPRESS, help=help, **how)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--eval", metavar="RUN", help="score a run, write RUN/results.json")
-    parser.add_argument("--segment", metavar="PHOTO", nargs="+", help="masks, by the run in --out")
+    kinds = {f.name: f for f in fields(Config)}
+    for line in inspect.getsource(Config).splitlines():
+        if group := re.match("    # (.+)", line):
+            options = parser.add_argument_group(group[1])
+        elif option := re.match(r"    (\w+): .*?  # (.*)", line):
+            name, text = option.groups()
+            kind = kinds[name].type
+            how = {"type": kind, "metavar": kind.__name__.upper()}
+            if kind is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            if kind is tuple:
+                how = {"type": float, "nargs": "+" if name == "lo" else 2, "metavar": "FLOAT"}
+            toy = f", toy {TOY[name]}" if name in TOY else ""
+            help = f"{text} [{kinds[name].default}{toy}]".replace("%", "%%")
+            flag = f"--{name.replace('_', '-')}"
+            options.add_argument(flag, default=argparse.SUPPRESS, help=help, **how)
+    options = parser.add_argument_group("other jobs than a new run")
+    options.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    options.add_argument("--from", metavar="RUN", help="new run; the warm-up is another run's")
+    options.add_argument("--eval", metavar="RUN", help="score a run, write RUN/results.json")
+    options.add_argument("--segment", metavar="PHOTO", nargs="+", help="masks, by the run in --out")
+    options.add_argument("--soft", action="store_true", help="with --segment: probabilities, .npz")
+    more = "with --segment, --eval: mean over scales 0.5 to 1.5"
+    options.add_argument("--multi-scale", action="store_true", help=more)
     given = vars(parser.parse_args(argv))
     for name in {"scale", "strength", "lo"} & set(given):
         given[name] = tuple(given[name])
@@ -627,32 +666,48 @@ def parse(argv):
     return given
 
 
-def segment_photos(folder, photos, given):
-    """NAME.png (palette indices) and NAME_overlay.png in RUN/segmented for each photo, or photo
-    of a folder; bad photos are passed over and named at the end."""
+def segment_photos(folder, photos, given, soft, scales):
+    """NAME.png (palette indices), NAME_overlay.png and, if soft, NAME.npz (float16
+    probabilities and class names) in RUN/segmented for each photo, or photo of a folder, and
+    areas.csv; bad photos are passed over and named at the end. For a list of ids, as
+    ImageSets/Segmentation/test.txt, ID.png alone goes where VOC's server wants it."""
+    served = [photo for photo in photos if photo.endswith(".txt")]
     photos = sum(map(data.photos_of, photos), [])
     net = SGSeg.load(folder, check(Config(device=given.get("device", "auto"))).device)
     net.favour = given.get("favour", net.favour)
-    out = Path(folder) / "segmented"
-    paths = [(out / f"{Path(p).stem}.png", out / f"{Path(p).stem}_overlay.png") for p in photos]
-    results = {path.resolve() for path in sum(paths, ())}
+    net.scales = scales
+    server = "results/VOC2012/Segmentation/comp5_test_cls"
+    out = Path(folder) / (server if served else "segmented")
+    names = [Path(photo).stem for photo in photos]
+    results = {(out / f"{name}.png").resolve() for name in names}
+    results |= {(out / f"{name}_overlay.png").resolve() for name in names}
     fault = "--segment: two photos of one name; expected different names; rename one"
     need(len(results) == 2 * len(photos), fault)
     taken = results & {Path(photo).resolve() for photo in photos}
     fault = f"--segment: {' '.join(map(str, taken))} would be overwritten"
     need(not taken, f"{fault}; expected photos elsewhere; move it")
     faults = []
-    for photo, (path, over) in zip(photos, paths):
+    rows = [("photo", "class", "share")]
+    for photo, name in zip(photos, names):
         try:
             image = read_image(photo)
         except InputError as fault:
             faults.append(str(fault))
             continue
         label = net.segment(image)
-        write(path, data.palette_image(label))
-        write(over, data.overlay(image, label))
-        shares = [f"{net.classes[k]} {(label == k).mean():.0%}" for k in np.unique(label) if k]
-        say(f"{photo} -> {path}: {', '.join(shares) or 'background only'}")
+        write(out / f"{name}.png", data.palette_image(label))
+        if not served:
+            write(out / f"{name}_overlay.png", data.overlay(image, label, net.classes))
+        if soft:
+            file = io.BytesIO()
+            p = net.probabilities(image).cpu().numpy().astype(np.float16)
+            np.savez_compressed(file, probabilities=p, classes=net.classes)
+            write(out / f"{name}.npz", file.getvalue())
+        shares = data.shares(label, net.classes)
+        rows += [(photo, *share) for share in shares.items()]
+        texts = [f"{k} {share:.0%}" for k, share in shares.items() if k != "background"]
+        say(f"{photo} -> {out / name}.png: {', '.join(texts) or 'background only'}")
+    write(Path(folder) / "segmented" / "areas.csv", data.csv_text(rows))
     if faults:
         raise InputError(*faults)
 
@@ -661,30 +716,62 @@ def command(argv):
     """Do what the command line asks: train, resume, score, or segment photos. Raises InputError."""
     start = time.time()
     given = parse(argv)
-    jobs = {name: given.pop(name) for name in ("resume", "eval", "segment")}
+    jobs = {name: given.pop(name) for name in ("resume", "from", "eval", "segment")}
+    soft = given.pop("soft")
+    scales = SCALES if given.pop("multi_scale") else SCALES[:1]
     asked = " and ".join(f"--{name}" for name, job in jobs.items() if job)
     need(" and " not in asked, f"command line: {asked} contradict; expected one; leave one out")
+    fine = jobs["segment"] or not soft and (jobs["eval"] or scales == SCALES[:1])
+    need(fine, "--soft, --multi-scale: nothing to do; expected --segment or --eval; leave them out")
     kind = next((name for name in ("photos", "voc") if name in given), "toy")
     usual = "runs/voc" if jobs["segment"] else f"runs/{kind}"
     folder = Path(jobs["eval"] or given.get("out") or usual)
     if kind in given:
         given[kind] = str(Path(given[kind]).resolve())
+    fault = f"{folder}: no such run; expected one; name it with --out"
+    need(folder.is_dir() or not (jobs["resume"] or jobs["segment"]), fault)
     if jobs["segment"]:
-        return segment_photos(folder, jobs["segment"], given)
+        return segment_photos(folder, jobs["segment"], given, soft, scales)
     if jobs["eval"]:
         run = reopen(folder, given, ("voc", "photos", "out", "device", "workers", "favour", "size"))
+        run.net.scales = scales
     else:
         held = lock(folder)
         if jobs["resume"]:
             run = reopen(folder, given, ("voc", "photos", "out", "device", "workers"))
         else:
             defaults = TOY if kind == "toy" else {}
-            run = begin(check(Config(**defaults | given | {"out": str(folder)})), argv)
+            cfg = check(Config(**defaults | given | {"out": str(folder)}))
+            run = begin(cfg, argv, jobs["from"])
+        announce(run)
         train(run)
         deliver(run)
     evaluate(run)
     minutes = (time.time() - start) / 60
     say(f"{minutes:.1f} minutes; results.json, labels in pseudo/, pictures in panels/ of {folder}")
+
+
+def announce(run):
+    """Say what a run has before it, and about how long that takes, if every step and every photo
+    takes as long as the first."""
+    cfg = run.cfg
+    n = len(run.voc.ids)
+    steps = (epochs_before(cfg, cfg.rounds + 1) - run.epoch) * len(batches(run, 0, 0))
+    y = run.voc.tags[: cfg.batch].to(cfg.device)
+    x = torch.zeros(len(y), 3, cfg.crop, cfg.crop, device=cfg.device)
+    image = read_image(run.voc.image_paths[0])
+    run.net.eval()
+    for _ in range(2):  # the first time is slower
+        start = time.time()
+        sum(losses(run.net, x, y, x[:, 0].long())).backward()
+        run.opt.zero_grad()
+        middle = time.time()
+        with torch.no_grad():
+            label_image(run.net, image, run.voc.tags[0], cfg, 1)
+        end = time.time()
+    minutes = (steps * (middle - start) + (cfg.rounds + 2) * n * (end - middle)) / 60
+    what = f"{n} photos, {len(y[0])} classes, {cfg.rounds} rounds, {steps} steps to go"
+    say(f"{what}: about {minutes:.0f} minutes, given {cfg.device}")
 
 
 def main(argv=None):
