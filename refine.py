@@ -36,13 +36,15 @@ def localization_maps(scores, classes, floor=1e-5):
     """Stage 1. M_k = relu(S_k) / max(max_ij relu(S_k), floor) for the tagged k: roughly where.
 
     scores (B,K,h,w) float32, the CAM scores S; classes (P,) the indices of the tagged ones. Returns
-    (B,P,h,w) in [0,1], 0 where nothing is positive. Source: abstract, sentence 5; class activation
+    (B,P,h,w) in [0,1], 0 where nothing is positive. ValueError: tags y in place of indices, or
+    indices of no class. Source: abstract, sentence 5; class activation
     mapping, Zhou et al. 2016, with the usual relu and division by the maximum.
 
     >>> localization_maps(torch.tensor([[[[9., 9.], [9., 9.]], [[2., 4.], [-1., 1.]]]]), [1])
     tensor([[[[0.5000, 1.0000],
               [0.0000, 0.2500]]]])
     """
+    check_classes(classes, scores.shape[1])
     return stretched(scores.relu()[:, classes], floor)
 
 
@@ -57,6 +59,7 @@ def head_maps(logits, classes, soften=2.0):
     >>> head_maps(torch.tensor([0., 9., 0.]).view(1, 3, 1, 1), [1]).item()      # class 0: no tag
     0.5
     """
+    check_classes(classes, logits.shape[1] - 1)
     tagged = [0, *(int(k) + 1 for k in classes)]
     return (logits[:, tagged] / soften).softmax(1)[:, 1:]
 
@@ -148,6 +151,15 @@ def affinity_energy(maps, features, start=None, strength=STRENGTH, temperature=T
     if start is not None:
         E = E + (A.sum(-1)[:, None] * (M - start.flatten(2)) ** 2).sum(-1)
     return (E / (A > 0).sum((1, 2)).clamp_min(1)[:, None]).mean()
+
+
+def check_classes(classes, num_classes):
+    """Raise ValueError unless classes are (P,) different indices from 0 to num_classes - 1."""
+    given = torch.as_tensor(classes)
+    indices = given.flatten().tolist()
+    fine = given.ndim == 1 and len(set(indices)) == len(indices)
+    if not fine or not set(indices) <= set(range(num_classes)):
+        raise ValueError(f"want (P,) indices of tagged classes < {num_classes}, got {classes}")
 
 
 def check_grids(maps, features, strength):

@@ -285,7 +285,8 @@ class SGSeg(nn.Module):
 
     def forward(self, x):
         """x (B,3,H,W) float32 RGB in [0,1] -> S (B,K,H/16,W/16), s (B,K), Z (B,K+1,H/8,W/8) and
-        the features (F_low, F_mid, F_high)."""
+        the features (F_low, F_mid, F_high). Raises ValueError for another x."""
+        check_input(x)
         low, mid, high = self.backbone((x - self.mean) / self.std)
         S = self.cam(high)  # (B,K,H/16,W/16)
         s = S.float().mean((2, 3))  # (B,K)
@@ -368,6 +369,16 @@ class SGSeg(nn.Module):
             net = cls(**state["config"])
             net.load_state_dict(finite(state["model"], path))
         return net.eval().to(device, memory_format=torch.channels_last)
+
+
+def check_input(x):
+    """Raise ValueError unless x is (B,3,H,W), floats in [0,1]: uint8, 0..255 and one channel would
+    be answered silently."""
+    fine = x.ndim == 4 and x.shape[1] == 3 and x.is_floating_point()
+    if fine and not torch.compiler.is_compiling():  # an exported network looks at shapes alone
+        fine = bool((x.min() > -0.01) & (x.max() < 1.01))
+    if not fine:
+        raise ValueError(f"want (B,3,H,W) floats in [0,1], got {tuple(x.shape)} {x.dtype}")
 
 
 # ---- the four stages on any photo, nothing trained -----------------------------------------------

@@ -24,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -3106,3 +3107,44 @@ def test_a_run_becomes_one_page_to_look_at(copied, tmp_path, monkeypatch, capsys
     for run in (tmp_path / "nothing", tmp_path):
         assert report([str(run)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+WRONG_INPUTS = {
+    "0..255": torch.full((1, 3, 33, 33), 200.0),
+    "uint8": torch.ones(1, 3, 33, 33, dtype=torch.uint8),
+    "one channel": torch.rand(1, 1, 33, 33),
+    "channels last": torch.rand(1, 33, 33, 3),
+    "no batch": torch.rand(3, 33, 33),
+    "not a number": torch.full((1, 3, 33, 33), math.nan),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_INPUTS)
+def test_networks_refuse_what_is_no_image(wrong):
+    with pytest.raises(ValueError, match=r"want \(B,3,H,W\) floats in \[0,1\], got"):
+        SGSeg(NAMES, "tiny")(WRONG_INPUTS[wrong])
+
+
+@pytest.mark.parametrize("wrong", [[[0, 1, 0, 0]], [0, 1, 0, 1], [4], [-1], [0.5]])
+def test_stages_refuse_tags_in_place_of_indices(wrong):
+    """y of a batch, y of an image, classes that do not exist."""
+    for locate, scores in ((refine.localization_maps, 4), (refine.head_maps, 5)):
+        for classes in (wrong, torch.tensor(wrong)):
+            with pytest.raises(ValueError, match="indices of tagged classes < 4"):
+                locate(torch.rand(1, scores, 3, 3), classes)
+
+
+def test_training_and_segmenting_work_off_the_main_thread(toy, finished, tmp_path):
+    """As in a notebook's server."""
+    status = []
+
+    def work():
+        status.append(train.main(options(toy, tmp_path / "run")))
+        argv = ["--out", str(tmp_path / "run"), "--segment", str(toy / JPG)]
+        status.append(train.main(argv))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert status == [0, 0]
+    assert same(product(finished)["model"], product(tmp_path / "run")["model"])
