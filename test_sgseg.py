@@ -22,6 +22,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -3148,3 +3149,50 @@ def test_training_and_segmenting_work_off_the_main_thread(toy, finished, tmp_pat
     thread.join()
     assert status == [0, 0]
     assert same(product(finished)["model"], product(tmp_path / "run")["model"])
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+
+def as_rank(rank, number, port, n):
+    """In the child: what torchrun sets; the first process dies at its n-th write."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(number), "TORCHELASTIC_RUN_ID": "0"}
+    die_at_write(0 if rank else n)
+
+
+def side_by_side(out, argv, n=0):
+    """(exit status, stderr) of two processes that do one run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logs = [Path(f"{out}.{rank}") for rank in (0, 1)]
+    how = [(log, train_alone, argv, as_rank, rank, 2, port, n) for rank, log in enumerate(logs)]
+    statuses = [ended(process) for process in [alone(*one) for one in how]]
+    return [(status, log.read_text()) for status, log in zip(statuses, logs)]
+
+
+def test_two_processes_make_the_labels_of_one_and_go_on_after_a_kill(toy, finished, tmp_path):
+    """The same network, the same labels, byte for byte; killed in its updates and gone on with, the
+    same bits as without; what each photo's tags and masks say is counted once."""
+    out = tmp_path / "whole"
+    both = side_by_side(out, options(toy, out, "--from", finished))
+    assert [status for status, _ in both] == [0, 0], both
+    first = (out / "pseudo/round1", finished / "pseudo/round1")
+    a, b = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in first)
+    assert a == b and len(a) == 16
+    results = [json.loads((run / "results.json").read_text()) for run in (out, finished)]
+    assert results[0]["labels round1"] == results[1]["labels round1"]
+    again = tmp_path / "killed"
+    dead, alive = side_by_side(again, options(toy, again, "--from", finished), n=25)
+    assert dead[0] == 99 and alive[0] == 2
+    assert "another process is gone" in alive[1] and "Traceback" not in alive[1]
+    both = side_by_side(again, ["--out", again, "--resume", "--device", "cpu"])
+    assert [status for status, _ in both] == [0, 0], both
+    assert differing(product(out), product(again)) == []
+
+
+def test_two_processes_in_a_folder_that_is_not_theirs(toy, finished):
+    first, second = side_by_side(finished, options(toy, finished))
+    assert first[0] == 2 and "is not empty" in first[1] and first[1].count("\n") == 1
+    assert second[0] == 2

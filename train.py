@@ -7,6 +7,7 @@
     python train.py --eval RUN                          score a run again
     python train.py --out RUN --segment PHOTO.jpg ...   masks for your own photos
     python data.py PATH                                 what the loader sees in your data
+    torchrun --nproc_per_node=2 train.py --voc PATH     the work dealt out to several processes
 
 Warm-up on tags; then every round refines the pseudo labels with the network fixed and updates the
 network with the labels fixed; a last refine ends the run (Ke & Hsu 2018, abstract, sentence 9). The
@@ -30,10 +31,13 @@ from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before torch is there: no traceback
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one line a fault, and that is ours
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import refine
@@ -138,14 +142,13 @@ def fit_cam(run):
         return
     net = run.net.eval()
     for sees, strength in ((whole_photo, 1.0), (under_maps, 10.0)):
-        x = []
-        t = []
-        for i in track(f"fit {sees.__name__}", range(len(run.voc.ids))):
+        seen = {}
+        for i in track(f"fit {sees.__name__}", mine(len(run.voc.ids))):
             high = net.features(read_image(run.voc.image_paths[i]))[2]  # (1,C,h,w)
-            features, targets = sees(net, high, run.voc.tags[i].to(high))
-            x.append(features)
-            t.append(targets)
-        net.cam.weight[:, :, 0, 0] = ridge(torch.cat(x), torch.cat(t), strength)
+            seen[i] = sees(net, high, run.voc.tags[i].to(high))
+        seen = {i: pair for part in everyone(seen) for i, pair in part.items()}
+        x, t = map(torch.cat, zip(*(seen[i] for i in sorted(seen))))
+        net.cam.weight[:, :, 0, 0] = ridge(x, t, strength)
     run.log("fit", round=0)
     run.save()
 
@@ -211,17 +214,18 @@ def refine_labels(run, r, annotate=label_image):
         return
     run.net.eval()
     counts = 0
-    for i in track(f"round {r} refine", range(len(run.voc.ids))):
+    for i in track(f"round {r} refine", mine(len(run.voc.ids))):
         path = run.label_path(i, r)
         if not path.exists():
             image = read_image(run.voc.image_paths[i])
             label = annotate(run.net, image, run.voc.tags[i], cfg, r)[-1][0].cpu().numpy()
             write(path, data.palette_image(label))
         counts += np.bincount(run.label(i, r).ravel(), minlength=256)
-    share = counts / counts.sum()
+    counts = total(counts)
+    share = (counts / counts.sum()).tolist()
     tagged = [1, *run.voc.tags.sum(0).tolist()]
-    shares = {n: float(x) for n, x in zip(run.net.classes, share) if x}
-    run.log("labels", round=r, undecided=float(share[IGNORE]), **shares)
+    shares = {n: x for n, x in zip(run.net.classes, share) if x}
+    run.log("labels", round=r, undecided=share[IGNORE], **shares)
     lost = [n for n, tags in zip(run.net.classes, tagged) if tags and shares.get(n, 0) < 1e-4]
     lost += ["all but background"] if shares.get("background", 0) > 0.99 else []
     if lost:
@@ -260,21 +264,24 @@ def losses(net, x, y, labels):
 
 
 def batches(run, r, epoch):
-    """Loader of an epoch's batches. Order and augmentation depend on seed and epoch only."""
+    """Loader of this process's part of an epoch's batches. Order and augmentation depend on seed
+    and epoch only."""
     cfg = run.cfg
     ids = range(len(run.voc.ids))
     batch = min(cfg.batch, len(ids))
     rng = np.random.default_rng([cfg.seed, epoch])
     passes = max(1, -(-cfg.steps * batch // len(ids)))  # over a small set
     order = [n * len(ids) + rng.permutation(len(ids)) for n in range(passes)]
-    order = np.concatenate(order).tolist()
+    order = np.concatenate(order)
+    rank, number = processes()
+    order = order[: len(order) // batch * batch][rank::number].tolist()
     paths = run.voc.mask_paths if cfg.supervised else [run.label_path(i, r) for i in ids]
     crops = (cfg.crop, cfg.size, cfg.scale, cfg.seed, epoch, paths if r else None)
     cuda = cfg.device.startswith("cuda")
     workers = 4 * cuda if cfg.workers < 0 else cfg.workers
     how = {"sampler": order, "drop_last": True, "pin_memory": cuda, "num_workers": workers}
     how["worker_init_fn"] = hush
-    return torch.utils.data.DataLoader(data.Crops(run.voc, *crops), batch, **how)
+    return torch.utils.data.DataLoader(data.Crops(run.voc, *crops), batch // number, **how)
 
 
 def hush(worker):
@@ -290,6 +297,9 @@ def update(run, r):
     cfg = run.cfg
     first = epochs_before(cfg, r)
     end = epochs_before(cfg, r + 1)
+    net = run.net
+    if dist.is_initialized() and run.epoch < end:
+        net = DistributedDataParallel(net, find_unused_parameters=True)  # averages gradients
     for epoch in range(max(first, run.epoch), end):
         run.net.train()
         run.net.backbone.train(cfg.weights == "none")  # ImageNet's BatchNorm stays
@@ -300,27 +310,29 @@ def update(run, r):
         for step, batch in enumerate(track(f"round {r} epoch {epoch}", loader, note=now)):
             n = (epoch - first) * len(loader) + step
             decay = (1 - n / ((end - first) * len(loader))) ** 0.9
-            L = update_step(run, batch, decay, f"epoch {epoch} step {step}")
+            L = update_step(run, net, batch, decay, f"epoch {epoch} step {step}")
             sums += L
             now |= {"L_cls": float(L[0]), "L_seg": float(L[1])}
+        for buffer in run.net.buffers() if dist.is_initialized() else ():
+            dist.broadcast(buffer, 0)  # BatchNorm's means: those of the first process count
         run.epoch = epoch + 1
-        mean = (sums / len(loader)).tolist()
-        rate = len(loader) * loader.batch_size / (time.time() - start)
+        mean = (total(sums) / len(loader) / processes()[1]).tolist()
+        rate = len(loader) * loader.batch_size * processes()[1] / (time.time() - start)
         row = {"L_cls": mean[0], "L_seg": mean[1], "lr": cfg.lr * decay, "images_per_s": rate}
         run.log("update", round=r, **row)
         run.save()
 
 
-def update_step(run, batch, decay, where):
-    """One SGD step on a batch; returns (L_cls, L_seg), a CPU tensor. Raises InputError: not
-    finite."""
+def update_step(run, net, batch, decay, where):
+    """One SGD step on a batch, net being run.net, or that averaging its gradients over the
+    processes; returns (L_cls, L_seg), a CPU tensor. Raises InputError: not finite."""
     x, y, labels, index = batch
     device = torch.device(run.cfg.device)
     for group in run.opt.param_groups:
         group["lr"] = run.cfg.lr * group["scale"] * decay
     x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        L_cls, L_seg = losses(run.net, x, y.to(device), labels.to(device))
+        L_cls, L_seg = losses(net, x, y.to(device), labels.to(device))
     L = torch.stack([L_cls, L_seg]).detach().cpu()
     images = " ".join(run.voc.ids[i] for i in index)
     fault = f"{run.folder}: L_cls, L_seg {L.tolist()} at {where}, images {images}"
@@ -330,6 +342,33 @@ def update_step(run, batch, decay, where):
     (L_cls + L_seg).backward()
     run.opt.step()
     return L
+
+
+# ---- several processes: torchrun -----------------------------------------------------------------
+
+
+def processes():
+    """This process's rank, and how many there are: (0, 1) alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def mine(n):
+    """Which of n photos are this process's."""
+    rank, number = processes()
+    return range(rank, n, number)
+
+
+def everyone(x):
+    """[x of the first process, x of the second, ...]; each has waited for all others then."""
+    parts = [x] * processes()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(parts, x)
+    return parts
+
+
+def total(x):
+    """The sum of x, a number or an array, over the processes; a process without photos has 0."""
+    return sum(everyone(x))
 
 
 # ---- looking and scoring -------------------------------------------------------------------------
@@ -358,11 +397,12 @@ def look(run, r):
     if run.epoch != epochs_before(run.cfg, r + 1):
         return
     run.net.eval()
-    write(run.folder / ("model.pt" if r else "warmup.pt"), run.net.portable())
-    voc = run.val or run.voc
-    picked = np.linspace(0, len(voc.ids) - 1, min(4, len(voc.ids))).astype(int)
-    rows = sum((panel(run, voc, i, r) for i in picked), [])
-    write(run.folder / "panels" / f"round{r}.png", data.sheet(rows))
+    if processes()[0] == 0:
+        write(run.folder / ("model.pt" if r else "warmup.pt"), run.net.portable())
+        voc = run.val or run.voc
+        picked = np.linspace(0, len(voc.ids) - 1, min(4, len(voc.ids))).astype(int)
+        rows = sum((panel(run, voc, i, r) for i in picked), [])
+        write(run.folder / "panels" / f"round{r}.png", data.sheet(rows))
     if r and (score := validate(run)):
         run.log("val", round=r, val_miou=score["miou"], val_core=score["core"])
     run.save()
@@ -400,11 +440,11 @@ def validate(run):
         say(f"no validation score: {run.voc.root} has no val.txt or no SegmentationClass for it")
         return None
     C = 0
-    for i in track("validate", range(len(run.val.ids))):
+    for i in track("validate", mine(len(run.val.ids))):
         image = read_image(run.val.image_paths[i])
         truth = run.val.mask(i, image.size)
         C += data.confusion(truth, run.net.segment(image), len(run.val.classes))
-    return data.summary(C, run.val.classes)
+    return data.summary(total(C), run.val.classes)
 
 
 @torch.no_grad()
@@ -418,21 +458,24 @@ def score_stages(run):
     t = cfg.lo[0] + BAND / 2
     net = SGSeg.load(run.folder / "warmup.pt", cfg.device)
     rounds = [r for r in range(1, cfg.rounds + 2) if run.label_path(have[-1], r).exists()]
-    C = {}
+    stages = ("train cam", "train affinity", "train self_guided")
+    C = {name: 0 for name in (*stages, *(f"labels round{r}" for r in rounds))}
     pixels = 0
-    for i in track("score stages", have):
+    for i in track("score stages", [have[n] for n in mine(len(have))]):
         image = read_image(run.voc.image_paths[i])
         truth = run.voc.mask(i, image.size)
         pixels += (truth != IGNORE).sum()
         classes = run.voc.tags[i].nonzero()[:, 0].tolist()
         labels = {f"labels round{r}": run.label(i, r) for r in rounds}
         maps = label_image(net, image, run.voc.tags[i], cfg, 1)[:3]
-        for name, M in zip(("train cam", "train affinity", "train self_guided"), maps):
+        for name, M in zip(stages, maps):
             M = refine.up(M, truth.shape)
             labels[name] = refine.pseudo_labels(M, classes, t, t)[0].cpu().numpy()
         for name, label in labels.items():
             decided = np.where(label == IGNORE, IGNORE, truth)
-            C[name] = C.get(name, 0) + data.confusion(decided, label, K)
+            C[name] += data.confusion(decided, label, K)
+    pixels = total(pixels)
+    C = {name: total(matrix) for name, matrix in C.items()}
     return {name: (matrix, float(matrix.sum() / pixels)) for name, matrix in C.items()}
 
 
@@ -449,6 +492,8 @@ def evaluate(run):
         rows[name] = data.summary(matrix, run.voc.classes) | {"decided": decided}
     if run.cfg.rounds and (score := validate(run)):  # without a round the head is untrained
         rows["val seg"] = score | {"decided": 1.0, "favour": run.net.favour}
+    if processes()[0]:
+        return
     write(run.folder / "results.json", json.dumps(rows, indent=1))
     if rows:
         say("\nIoU in %; maps cut in the middle of the band; labels only where decided (share)")
@@ -483,8 +528,10 @@ class Run:
         return Path(self.cfg.out)
 
     def save(self):
-        """Write checkpoint.pt, metrics.jsonl, config.json. Raises InputError; the old ones then
-        stay."""
+        """Write checkpoint.pt, metrics.jsonl, config.json, if this process is the first. Raises
+        InputError; the old ones then stay."""
+        if processes()[0]:
+            return
         model = data.finite(self.net.state_dict(), f"{self.folder}: the network")
         state = {"config": asdict(self.cfg), "model": model, "optimizer": self.opt.state_dict()}
         state |= {"epoch": self.epoch, "metrics": self.metrics, "about": self.about}
@@ -715,6 +762,12 @@ def segment_photos(folder, photos, given, soft, scales):
 def command(argv):
     """Do what the command line asks: train, resume, score, or segment photos. Raises InputError."""
     start = time.time()
+    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():  # torchrun
+        dist.init_process_group()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")  # one process speaks
     given = parse(argv)
     jobs = {name: given.pop(name) for name in ("resume", "from", "eval", "segment")}
     soft = given.pop("soft")
@@ -736,16 +789,27 @@ def command(argv):
         run = reopen(folder, given, ("voc", "photos", "out", "device", "workers", "favour", "size"))
         run.net.scales = scales
     else:
-        held = lock(folder)
-        if jobs["resume"]:
-            run = reopen(folder, given, ("voc", "photos", "out", "device", "workers"))
+        free = ("voc", "photos", "out", "device", "workers")
+        rank, number = processes()
+        if rank:
+            dist.barrier()  # the first process begins the run, or reads it, and writes it
+            run = reopen(folder, given, free)
         else:
-            defaults = TOY if kind == "toy" else {}
-            cfg = check(Config(**defaults | given | {"out": str(folder)}))
-            run = begin(cfg, argv, jobs["from"])
-        announce(run)
+            held = lock(folder)
+            if jobs["resume"]:
+                run = reopen(folder, given, free)
+            else:
+                defaults = TOY if kind == "toy" else {}
+                cfg = check(Config(**defaults | given | {"out": str(folder)}))
+                run = begin(cfg, argv, jobs["from"])
+            announce(run)
+            if number > 1:
+                dist.barrier()
+        fault = f"--batch {run.cfg.batch}: not a multiple of {number} processes; change one"
+        need(min(run.cfg.batch, len(run.voc.ids)) % number == 0, fault)
         train(run)
-        deliver(run)
+        if rank == 0:
+            deliver(run)
     evaluate(run)
     minutes = (time.time() - start) / 60
     say(f"{minutes:.1f} minutes; results.json, labels in pseudo/, pictures in panels/ of {folder}")
@@ -788,7 +852,9 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as e:  # torch's own out-of-memory errors are RuntimeErrors
         fault = "memory is full; expected room; lower --batch, --crop, --size or --workers"
         full = re.search("(allocate|out of|shared|enough) memory|DataLoader worker", str(e))
-        if not full and not isinstance(e, MemoryError):
+        if re.search("gloo|NCCL|Connection (closed|reset)", str(e)) and dist.is_initialized():
+            fault = "another process is gone; expected all; see its own line, then --resume"
+        elif not full and not isinstance(e, MemoryError):
             raise
     say(f"sgseg: {fault}", stream=sys.stderr)
     return 2

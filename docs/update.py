@@ -18,7 +18,7 @@ def bare(run, batch, steps):
     """Seconds of `steps` steps on one batch."""
     start = time.perf_counter()
     for _ in range(steps):
-        train.update_step(run, batch, 0.0, "a bare step")
+        train.update_step(run, run.net, batch, 0.0, "a bare step")
     return time.perf_counter() - start
 
 
