@@ -347,6 +347,16 @@ def update_step(run, net, batch, decay, where):
 # ---- several processes: torchrun -----------------------------------------------------------------
 
 
+def meet():
+    """One of torchrun's processes meets the others; the first alone speaks."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+        dist.init_process_group()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")
+
+
 def processes():
     """This process's rank, and how many there are: (0, 1) alone."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -521,6 +531,7 @@ class Run:
     about: dict  # config, command line, versions: config.json
     epoch: int = 0
     metrics: list = field(default_factory=list)
+    lock: object = None  # held as long as the run lives
 
     @property
     def folder(self):
@@ -611,16 +622,20 @@ def reopen(folder, given, free):
     those named in free; so must the data. Raises InputError."""
     path = Path(folder) / "checkpoint.pt"
     state = data.load(path)
-    with refusing(f"{path}: not a checkpoint of this version", "expected one; start a new --out"):
+    wrong = (f"{path}: not a checkpoint of this version", "expected one; start a new --out")
+    with refusing(*wrong):
         own = {f.name: state["config"][f.name] for f in fields(Config)}
+        before = {what: state[what] for what in ("classes", "ids", "tags")}
         fixed = {k: v for k, v in given.items() if k not in free}
         differ = [f"--{k} {own[k]}, not {v}" for k, v in fixed.items() if own[k] != v]
         need(not differ, f"{folder}: has {', '.join(differ)}; leave them out, or start a new --out")
         own["device"] = "cpu" if own["device"] == "cpu" else "auto"  # to the bit: on the same kind
-        run = assemble(check(Config(**own | given | {"out": str(folder)})), fresh=False)
-        for what, value in run.voc.identity().items():
-            fault = f"{run.voc.root}: other {what} than when {folder} began; restore them"
-            need(value == state[what], f"{fault}, or start a new --out")
+        cfg = check(Config(**own | given | {"out": str(folder)}))
+    run = assemble(cfg, fresh=False)
+    for what, value in run.voc.identity().items():
+        fault = f"{run.voc.root}: other {what} than when {folder} began; restore them"
+        need(value == before[what], f"{fault}, or start a new --out")
+    with refusing(*wrong):
         run.net.load_state_dict(data.finite(state["model"], path))
         run.opt.load_state_dict(state["optimizer"])
         run.epoch = int(state["epoch"])
@@ -759,15 +774,34 @@ def segment_photos(folder, photos, given, soft, scales):
         raise InputError(*faults)
 
 
+def start_run(folder, jobs, given, defaults, argv):
+    """A new run or one that goes on, in each process: the first begins or reads it, and writes
+    it; the others read that. Raises InputError."""
+    free = ("voc", "photos", "out", "device", "workers")
+    rank, number = processes()
+    if rank:
+        dist.barrier()
+        run = reopen(folder, given, free)
+    else:
+        held = lock(folder)
+        if jobs["resume"]:
+            run = reopen(folder, given, free)
+        else:
+            cfg = check(Config(**defaults | given | {"out": str(folder)}))
+            run = begin(cfg, argv, jobs["from"])
+        run.lock = held
+        announce(run)
+        if number > 1:
+            dist.barrier()
+    fault = f"--batch {run.cfg.batch}: not a multiple of {number} processes; change one"
+    need(min(run.cfg.batch, len(run.voc.ids)) % number == 0, fault)
+    return run
+
+
 def command(argv):
     """Do what the command line asks: train, resume, score, or segment photos. Raises InputError."""
     start = time.time()
-    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():  # torchrun
-        dist.init_process_group()
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")  # one process speaks
+    meet()
     given = parse(argv)
     jobs = {name: given.pop(name) for name in ("resume", "from", "eval", "segment")}
     soft = given.pop("soft")
@@ -789,26 +823,9 @@ def command(argv):
         run = reopen(folder, given, ("voc", "photos", "out", "device", "workers", "favour", "size"))
         run.net.scales = scales
     else:
-        free = ("voc", "photos", "out", "device", "workers")
-        rank, number = processes()
-        if rank:
-            dist.barrier()  # the first process begins the run, or reads it, and writes it
-            run = reopen(folder, given, free)
-        else:
-            held = lock(folder)
-            if jobs["resume"]:
-                run = reopen(folder, given, free)
-            else:
-                defaults = TOY if kind == "toy" else {}
-                cfg = check(Config(**defaults | given | {"out": str(folder)}))
-                run = begin(cfg, argv, jobs["from"])
-            announce(run)
-            if number > 1:
-                dist.barrier()
-        fault = f"--batch {run.cfg.batch}: not a multiple of {number} processes; change one"
-        need(min(run.cfg.batch, len(run.voc.ids)) % number == 0, fault)
+        run = start_run(folder, jobs, given, TOY if kind == "toy" else {}, argv)
         train(run)
-        if rank == 0:
+        if processes()[0] == 0:
             deliver(run)
     evaluate(run)
     minutes = (time.time() - start) / 60
