@@ -260,6 +260,15 @@ def check_classes(names, path):
 # ---- the devkit ----------------------------------------------------------------------------------
 
 
+def devkit_in(path):
+    """The folder that holds ImageSets/Segmentation: path, its VOC2012 or VOCdevkit/VOC2012; or
+    None."""
+    for root in (Path(path), Path(path) / "VOC2012", Path(path) / "VOCdevkit" / "VOC2012"):
+        if (root / "ImageSets" / "Segmentation").is_dir():
+            return root.resolve()
+    return None
+
+
 class VOC:
     """One split of a devkit: ids, and for i the photo, its tags y (K,) and, for scoring only, its
     mask.
@@ -271,12 +280,10 @@ class VOC:
     """
 
     def __init__(self, path, split):
-        above = [Path(path), Path(path) / "VOC2012", Path(path) / "VOCdevkit" / "VOC2012"]
-        roots = [root for root in above if (root / "ImageSets" / "Segmentation").is_dir()]
+        self.root = devkit_in(path)
         wrong = "not a VOC devkit" if Path(path).is_dir() else "no such folder"
         fix = "expected ImageSets/Segmentation in it or in its VOC2012; correct --voc"
-        need(roots, f"{path}: {wrong}; {fix}")
-        self.root = roots[0].resolve()
+        need(self.root, f"{path}: {wrong}; {fix}")
         self.split = split
         self.tags = None
         names = self.root / "classes.txt"
@@ -678,14 +685,10 @@ def make_toy(root, train=240, val=60, size=97, seed=0):
 def report(path):
     """Print what the loader sees in a devkit or folder of photos: splits, classes, sizes, masks.
     Raises InputError with every fault for which training would refuse it."""
-    above = [Path(path), Path(path) / "VOC2012", Path(path) / "VOCdevkit" / "VOC2012"]
-    if not any((root / "ImageSets").is_dir() for root in above):
-        kits = [Photos(path)]
-        say(f"{kits[0].root}: photos in folders or tags.csv (--photos)")
-    else:
-        kits = [VOC(path, "train")]
-        say(f"{kits[0].root}: a VOC devkit (--voc)")
-        kits += [VOC(path, "val")] if kits[0].has("val") else []
+    kits = [VOC(path, "train") if devkit_in(path) else Photos(path)]
+    kits += [VOC(path, "val")] if kits[0].has("val") else []
+    how = "a VOC devkit (--voc)" if devkit_in(path) else "photos in folders or tags.csv (--photos)"
+    say(f"{kits[0].root}: {how}")
     faults = []
     for kit in kits:
         try:

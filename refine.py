@@ -340,15 +340,14 @@ def box_mean(x, radius):
     >>> box_mean(torch.tensor([[[[1., 2., 6.]]]]), radius=1)
     tensor([[[[1.5000, 3.0000, 4.0000]]]])
     """
-    counts = []
+    pixels = 1
     for dim in (2, 3):
         n = x.shape[dim]
         r = min(radius, n - 1)
-        total = x.cumsum(dim)  # up to i; the window's sum is total[i + r] - total[i - r - 1]
-        last = total.narrow(dim, n - 1, 1)
-        end = last.expand(*x.shape[:dim], r, *x.shape[dim + 1 :])  # nothing beyond the border
-        x = torch.cat([total.narrow(dim, r, n - r), end], dim)
-        x.narrow(dim, r + 1, n - r - 1).sub_(total.narrow(dim, 0, n - r - 1))
+        pad = (0, 0, r + 1, r) if dim == 2 else (r + 1, r)
+        sums = F.pad(x, pad).cumsum_(dim)  # of all before; beyond the border are zeros
+        x = sums.narrow(dim, 2 * r + 1, n) - sums.narrow(dim, 0, n)
         i = torch.arange(n, device=x.device, dtype=x.dtype)  # floats: dividing by integers is slow
-        counts.append((i + r).clamp_max(n - 1) - (i - r).clamp_min(0) + 1)
-    return x.div_(counts[0][:, None]).div_(counts[1])
+        count = (i + r).clamp_max(n - 1) - (i - r).clamp_min(0) + 1  # in the window of i
+        pixels = pixels * (count[:, None] if dim == 2 else count)
+    return x.div_(pixels)
