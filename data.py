@@ -19,12 +19,13 @@ import time
 import warnings
 import xml.etree.ElementTree as ET
 import zipfile
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from refine import IGNORE
 
@@ -251,9 +252,10 @@ def check_classes(names, path):
     different = 0 < len(set(names)) == len(names) < 255
     need(different, f"{path}: {len(names)} names; expected 1 to 254 different ones; mend it")
     for name in names:
-        plain = re.sub("[^a-z]", "", name.lower()) in ("background", "ignore", "void", "unlabeled")
+        plain = re.sub("[^a-z]", "", name.lower())
+        taken = plain in ("background", "ignore", "void", "unlabeled", "undecided")
         fault = f"{path}: lists {name}; 0 is the background by itself, 255 undecided"
-        need(not plain, f"{fault}; remove the line")
+        need(not taken, f"{fault}; remove or rename it")
     return names
 
 
@@ -327,10 +329,10 @@ class VOC:
         contradict = []
         for i in track(f"scan {self.split}", range(len(self.ids))):
             try:
-                size = read_image(self.image_paths[i]).size
-                self.sizes.append(size)
                 tagged = {self.classes.index(tag) for tag in self.read_tags(i)}
                 self.tags[i, list(tagged)] = 1
+                size = read_image(self.image_paths[i]).size
+                self.sizes.append(size)
                 if masks and self.mask_paths[i]:
                     shown = {int(k) - 1 for k in np.unique(self.mask(i, size)) if 0 < k < IGNORE}
                     if tagged and not (shown and shown <= tagged):
@@ -375,7 +377,8 @@ class Photos(VOC):
         need(self.root.is_dir(), fault)
         table = self.root / "tags.csv"
         found = tags_of_table(table) if table.exists() else tags_of_folders(self.root)
-        need(found, f"{path}: no photo in it; expected DIR/CLASS/photo.jpg; add some")
+        tagged = any(found.values())
+        need(tagged, f"{path}: no tagged photo; expected DIR/CLASS/photo.jpg or tags.csv; add some")
         self.split = "train"
         self.tags = None
         self.image_paths = list(found)
@@ -383,11 +386,11 @@ class Photos(VOC):
         names = self.root / "classes.txt"
         tags = set().union(*self.found_tags)
         self.classes = read_classes(names) if names.exists() else check_classes(sorted(tags), path)
-        unknown = " ".join(tags - set(self.classes))
+        unknown = " ".join(sorted(tags - set(self.classes)))
         need(not unknown, f"{names}: does not list {unknown}; expected every tag; add it")
         self.ids = [str(p.relative_to(self.root).with_suffix("")) for p in self.image_paths]
-        fault = f"{path}: two photos whose names differ only in their ending; rename one"
-        need(len(set(self.ids)) == len(self.ids), fault)
+        twice = " ".join(repeated(self.ids)[:3])
+        need(not twice, f"{path}: two photos that differ only in their ending: {twice}; rename one")
         masks = [self.root / "masks" / f"{name}.png" for name in self.ids]
         self.mask_paths = [mask if mask.exists() else None for mask in masks]
 
@@ -400,12 +403,18 @@ class Photos(VOC):
         return self.found_tags[i]
 
 
+def repeated(names):
+    """Those that occur more than once, sorted."""
+    return sorted(name for name, n in Counter(names).items() if n > 1)
+
+
 def tags_of_folders(root):
     """{photo: set of tags} of ROOT/CLASS/photo.jpg. The same photo (to the byte) in two folders
     has two tags; photos in ROOT itself have none. Raises InputError."""
     folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir()]
+    folders = [folder for folder in folders if folder.name != "masks" and folder.name[0] != "."]
     found = {}  # photo's bytes, hashed -> its path and tags
-    for folder in [*(folder for folder in folders if folder.name != "masks"), root]:
+    for folder in [*folders, root]:
         for photo in photos_of(folder):
             key = hashlib.sha256(read(photo)).digest()
             tags = found.setdefault(key, (photo, set()))[1]
@@ -414,31 +423,39 @@ def tags_of_folders(root):
 
 
 def tags_of_table(path):
-    """{photo: set of tags} of the rows `file,cat dog` of a tags.csv; commas, semicolons or tabs,
-    quotes and a header line as spreadsheets write them. Raises InputError."""
-    lines = read_text(path).splitlines()
-    delimiter = max(",;\t", key="".join(lines).count)
+    """{photo: set of tags} of a tags.csv with rows `file,cat dog`: commas, semicolons or tabs, as
+    the first row has them; tags apart by spaces, commas or cells; quotes and a header as
+    spreadsheets write them. Raises InputError."""
+    text = read_text(path)
+    delimiter = max(";\t,", key=text.strip().split("\n")[0].count)
+    how = {"delimiter": delimiter, "skipinitialspace": True, "strict": True}
     found = {}
-    for n, (name, *tags) in enumerate(row for row in csv.reader(lines, delimiter=delimiter) if row):
+    with refusing(f"{path}: not a table", "expected rows of a file and its tags; mend it"):
+        rows = list(csv.reader(io.StringIO(text), **how))
+    for n, (name, *tags) in enumerate((row for row in rows if "".join(row).strip()), 1):
         photo = path.parent / name.strip()
-        if n == 0 and not photo.exists():
+        if n == 1 and photo.suffix.lower() not in ENDINGS:
             continue  # a header
-        inside = path.parent in photo.resolve().parents
-        need(inside, f"{path}: {name}; expected a file below its folder; move it there")
-        found.setdefault(photo.resolve(), set()).update(" ".join(tags).split())
+        inside = name.strip() and path.parent in Path(os.path.normpath(photo)).parents
+        need(inside, f"{path}: row {n}, {name!r}; expected a file below its folder; correct it")
+        found.setdefault(photo, set()).update(re.findall(r"[^\s,;]+", " ".join(tags)))
     return found
 
 
 def photos_of(path):
     """The pictures in a folder, sorted, of every usual ending; those of a devkit's list of ids,
-    ROOT/ImageSets/Segmentation/SPLIT.txt; a path to anything else as it is."""
+    ROOT/ImageSets/Segmentation/SPLIT.txt; a path to anything else as it is. Raises InputError."""
     path = Path(path)
+    if path.is_dir():
+        return [p for p in sorted(path.glob("*")) if p.suffix.lower() in ENDINGS]
     if path.suffix == ".txt":
+        ids = read_list(path)
+        inside = path.resolve().parent.name == "Segmentation"
+        need(inside, f"{path}: expected ROOT/ImageSets/Segmentation/NAME.txt; move it there")
         folder = path.resolve().parents[2] / "JPEGImages"
         found = pictures_in(folder)
-        return [found.get(name, folder / f"{name}.jpg") for name in read_list(path)]
-    inside = sorted(path.glob("*")) if path.is_dir() else []
-    return [p for p in inside if p.suffix.lower() in ENDINGS] if path.is_dir() else [path]
+        return [found.get(name, folder / f"{name}.jpg") for name in ids]
+    return [path]
 
 
 def pictures_in(folder):
@@ -545,7 +562,7 @@ def summary(C, classes):
     return scores | {"confusion": C.tolist()}
 
 
-def shares(label, names):
+def areas(label, names):
     """{name: share of the pixels} of the classes that occur in a label, "undecided" of 255."""
     counts = np.bincount(label.ravel(), minlength=256) / label.size
     share = {names[k]: float(x) for k, x in enumerate(counts[:IGNORE]) if x}
@@ -553,8 +570,9 @@ def shares(label, names):
 
 
 def csv_text(rows):
-    """Rows as the text of a CSV file."""
-    text = io.StringIO()
+    """Rows as the text of a CSV file; with a byte order mark, or Excel garbles umlauts."""
+    text = io.StringIO("\ufeff")
+    text.seek(1)
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
@@ -580,19 +598,28 @@ def heat(image, M):
 
 
 def overlay(image, label, names=()):
-    """Label colours over the photo, 255 white; with the names of all classes a legend of those
-    that occur."""
+    """Label colours over the photo, 255 cream; with the names of all classes a legend of those
+    that occur, the background apart."""
     colours = palette_image(label)
     picture = Image.blend(image, colours.convert("RGB"), 0.6)
     draw = ImageDraw.Draw(picture)
-    side = max(10, image.height // 25)
-    for n, name in enumerate(shares(label, names) if names else ()):
+    present = [name for name in areas(label, names) if name != names[0]] if names else []
+    side = max(8, image.height // max(25, 2 * len(present) + 1))
+    for n, name in enumerate(present):
         k = IGNORE if name == "undecided" else names.index(name)
         box = (side, side * (2 * n + 1), 2 * side, side * (2 * n + 2))
         draw.rectangle(box, fill=tuple(colours.getpalette()[3 * k : 3 * k + 3]), outline="white")
-        where = (3 * side, box[1])
-        draw.text(where, name, "white", font_size=side, stroke_width=1, stroke_fill="black")
+        how = {"font": letters(side), "stroke_width": 1, "stroke_fill": "black"}
+        draw.text((3 * side, box[1]), name, "white", **how)
     return picture
+
+
+def letters(size):
+    """A font of many scripts where there is one, else Pillow's own."""
+    try:
+        return ImageFont.truetype("DejaVuSans.ttf", size)
+    except OSError:
+        return ImageFont.load_default(size)
 
 
 def sheet(rows, width=160):
@@ -683,8 +710,8 @@ def make_toy(root, train=240, val=60, size=97, seed=0):
 
 
 def report(path):
-    """Print what the loader sees in a devkit or folder of photos: splits, classes, sizes, masks.
-    Raises InputError with every fault for which training would refuse it."""
+    """Print what the loader sees in a devkit or folder of photos: splits, classes, sizes, masks,
+    and how many other files it passes over. Raises InputError with every fault, of masks too."""
     kits = [VOC(path, "train") if devkit_in(path) else Photos(path)]
     kits += [VOC(path, "val")] if kits[0].has("val") else []
     how = "a VOC devkit (--voc)" if devkit_in(path) else "photos in folders or tags.csv (--photos)"
@@ -694,7 +721,7 @@ def report(path):
         try:
             kit.scan(masks=True, most=len(kit.ids))
         except InputError as fault:
-            faults.append(str(fault))
+            faults += str(fault).splitlines()
         sides = np.array(kit.sizes or [(0, 0)])
         masks = sum(path is not None for path in kit.mask_paths)
         say(f"{kit.split}: {len(kit.ids)} photos, {sides.min()} to {sides.max()} pixels a side")
@@ -702,13 +729,19 @@ def report(path):
         for name, n in zip(kit.classes, kit.tags.sum(0).int().tolist()):
             say(f"  {name}: {n}")
         say(f"  without a tag: {int((kit.tags.sum(1) == 0).sum())}")
+    if isinstance(kits[0], Photos):
+        taken = {*kits[0].image_paths, *kits[0].mask_paths}
+        others = [p for p in kits[0].root.rglob("*") if p.is_file() and p not in taken]
+        names = ", ".join(str(p.relative_to(kits[0].root)) for p in sorted(others)[:10])
+        say(f"  passed over, {len(others)} files: {names}")
     if faults:
         raise InputError(*faults)
 
 
 if __name__ == "__main__":
     try:
-        need(len(sys.argv) == 2, "expected one folder: python data.py PATH")
+        fine = len(sys.argv) == 2 and not sys.argv[1].startswith("-")
+        need(fine, "python data.py PATH; expected one folder")
         report(sys.argv[1])
     except InputError as fault:
         say(f"data.py: {fault}", stream=sys.stderr)

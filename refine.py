@@ -44,7 +44,7 @@ def localization_maps(scores, classes, floor=1e-5):
     tensor([[[[0.5000, 1.0000],
               [0.0000, 0.2500]]]])
     """
-    check_classes(classes, scores.shape[1])
+    check_indices(classes, scores.shape[1])
     return stretched(scores.relu()[:, classes], floor)
 
 
@@ -59,7 +59,7 @@ def head_maps(logits, classes, soften=2.0):
     >>> head_maps(torch.tensor([0., 9., 0.]).view(1, 3, 1, 1), [1]).item()      # class 0: no tag
     0.5
     """
-    check_classes(classes, logits.shape[1] - 1)
+    check_indices(classes, logits.shape[1] - 1)
     tagged = [0, *(int(k) + 1 for k in classes)]
     return (logits[:, tagged] / soften).softmax(1)[:, 1:]
 
@@ -153,11 +153,12 @@ def affinity_energy(maps, features, start=None, strength=STRENGTH, temperature=T
     return (E / (A > 0).sum((1, 2)).clamp_min(1)[:, None]).mean()
 
 
-def check_classes(classes, num_classes):
+def check_indices(classes, num_classes):
     """Raise ValueError unless classes are (P,) different indices from 0 to num_classes - 1."""
     given = torch.as_tensor(classes)
     indices = given.flatten().tolist()
-    fine = given.ndim == 1 and len(set(indices)) == len(indices)
+    whole = len(indices) == 0 or given.dtype in (torch.int32, torch.int64)
+    fine = given.ndim == 1 and len(set(indices)) == len(indices) and whole
     if not fine or not set(indices) <= set(range(num_classes)):
         raise ValueError(f"want (P,) indices of tagged classes < {num_classes}, got {classes}")
 

@@ -456,14 +456,20 @@ def main(argv=None):
     if given.tag and given.tag not in [*IMAGENET, *map(str, range(1000))]:
         parser.error(f"--tag {given.tag}: expected {words}")
     status = 0
-    for photo in sum(map(data.photos_of, given.photos), []):
-        if photo.stem.endswith("_stages"):
-            continue  # what an earlier call has drawn
+    for path in given.photos:
         try:
-            say(show_stages(photo, given.tag))
+            photos = [p for p in data.photos_of(path) if not p.stem.endswith("_stages")]
+            need(photos, f"{path}: no photo in it; expected some, not our own; name another")
         except InputError as fault:
+            photos = []
             say(f"sgseg: {fault}", stream=sys.stderr)
             status = 2
+        for photo in photos:
+            try:
+                say(show_stages(photo, given.tag))
+            except InputError as fault:
+                say(f"sgseg: {fault}", stream=sys.stderr)
+                status = 2
     return status
 
 

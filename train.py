@@ -138,17 +138,18 @@ def fit_cam(run):
     the rounds. Our choice, measured in docs/CHOICES.md. Left out without ImageNet weights, and
     where a resumed run has it behind it.
     """
-    if run.cfg.weights == "none" or any(m["what"] == "fit" for m in run.metrics):
+    behind = any(m["what"] in ("fit", "from") for m in run.metrics)
+    if run.cfg.weights == "none" or behind:
         return
     net = run.net.eval()
     for sees, strength in ((whole_photo, 1.0), (under_maps, 10.0)):
         seen = {}
         for i in track(f"fit {sees.__name__}", mine(len(run.voc.ids))):
             high = net.features(read_image(run.voc.image_paths[i]))[2]  # (1,C,h,w)
-            seen[i] = sees(net, high, run.voc.tags[i].to(high))
+            seen[i] = [a.cpu() for a in sees(net, high, run.voc.tags[i].to(high))]
         seen = {i: pair for part in everyone(seen) for i, pair in part.items()}
         x, t = map(torch.cat, zip(*(seen[i] for i in sorted(seen))))
-        net.cam.weight[:, :, 0, 0] = ridge(x, t, strength)
+        net.cam.weight[:, :, 0, 0] = ridge(x, t, strength).to(net.cam.weight)
     run.log("fit", round=0)
     run.save()
 
@@ -224,11 +225,10 @@ def refine_labels(run, r, annotate=label_image):
     counts = total(counts)
     share = (counts / counts.sum()).tolist()
     tagged = [1, *run.voc.tags.sum(0).tolist()]
-    shares = {n: x for n, x in zip(run.net.classes, share) if x}
-    run.log("labels", round=r, undecided=share[IGNORE], **shares)
-    lost = [n for n, tags in zip(run.net.classes, tagged) if tags and shares.get(n, 0) < 1e-4]
-    lost += ["all but background"] if shares.get("background", 0) > 0.99 else []
-    if lost:
+    run.log("labels", round=r, undecided=share[IGNORE], shares=dict(zip(run.net.classes, share)))
+    lost = [name for name, x, n in zip(run.net.classes, share, tagged) if n and x < 1e-4]
+    lost += ["all but background"] if share[0] > 0.99 else []
+    if lost and not processes()[0]:
         fault = f"warning: round {r} labels almost nothing as {' '.join(lost)}"
         say(f"{fault}: look at panels/; other --lo, or more photos", stream=sys.stderr)
     run.save()
@@ -331,7 +331,7 @@ def update_step(run, net, batch, decay, where):
     for group in run.opt.param_groups:
         group["lr"] = run.cfg.lr * group["scale"] * decay
     x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with autocast(run.cfg):
         L_cls, L_seg = losses(net, x, y.to(device), labels.to(device))
     L = torch.stack([L_cls, L_seg]).detach().cpu()
     images = " ".join(run.voc.ids[i] for i in index)
@@ -351,8 +351,9 @@ def meet():
     """One of torchrun's processes meets the others; the first alone speaks."""
     if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
         dist.init_process_group()
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        rank = int(os.environ["LOCAL_RANK"])
+        if rank < torch.cuda.device_count():
+            torch.cuda.set_device(rank)  # what "cuda" means from here on
         if dist.get_rank():
             sys.stdout = open(os.devnull, "w")
 
@@ -397,7 +398,7 @@ def deliver(run):
         image = read_image(run.voc.image_paths[i])
         write(run.folder / "masks" / f"{name}.png", data.palette_image(label))
         write(run.folder / "overlays" / f"{name}.png", data.overlay(image, label, names))
-        rows += [(name, *share) for share in data.shares(label, names).items()]
+        rows += [(name, *area) for area in data.areas(label, names).items()]
     write(run.folder / "areas.csv", data.csv_text(rows))
 
 
@@ -501,7 +502,8 @@ def evaluate(run):
         matrix, decided = scores[name]
         rows[name] = data.summary(matrix, run.voc.classes) | {"decided": decided}
     if run.cfg.rounds and (score := validate(run)):  # without a round the head is untrained
-        rows["val seg"] = score | {"decided": 1.0, "favour": run.net.favour}
+        how = {"decided": 1.0, "favour": run.net.favour, "scales": run.net.scales}
+        rows["val seg"] = score | how
     if processes()[0]:
         return
     write(run.folder / "results.json", json.dumps(rows, indent=1))
@@ -556,7 +558,7 @@ class Run:
         row = {"what": what, "epoch": self.epoch, **values}
         kept = [m for m in self.metrics if (m["what"], m["epoch"]) != (what, self.epoch)]
         self.metrics = [*kept, row]
-        say("  ".join(f"{k} {v:.4g}" if type(v) is float else f"{k} {v}" for k, v in row.items()))
+        say("  ".join(f"{k} {plain(v)}" for k, v in row.items()))
 
     def label_path(self, i, r):
         """Where the pseudo label of training image i in round r is kept."""
@@ -565,6 +567,13 @@ class Run:
     def label(self, i, r):
         """(H,W) uint8 pseudo label of training image i in round r. Raises InputError."""
         return data.read_mask(self.label_path(i, r), len(self.voc.classes))
+
+
+def plain(value):
+    """A logged value for people: four digits, shares in %."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {share:.1%}" for name, share in value.items() if share)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def assemble(cfg, argv=(), fresh=True):
@@ -594,6 +603,10 @@ def assemble(cfg, argv=(), fresh=True):
     val = data.VOC(cfg.voc or toy, "val") if voc.has("val") else None
     if val:
         val.scan(masks=True)
+    batch = min(cfg.batch, len(voc.ids))
+    number = processes()[1]
+    fault = f"a batch of {batch} photos in {number} processes; expected equal parts"
+    need(batch % number == 0, f"{fault}; another --batch, or number of processes")
     about = {"config": asdict(cfg), "command": list(argv), "threads": torch.get_num_threads()}
     about |= {"python": sys.version, "torch": str(torch.__version__), "numpy": np.__version__}
     return Run(cfg, voc, val, net, opt, about)
@@ -605,16 +618,51 @@ def begin(cfg, argv, other=None):
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     inside = {path.name for path in Path(cfg.out).iterdir()} - {"toy", "lock", "checkpoint.pt.tmp"}
     need(not inside, f"{cfg.out}: is not empty; expected a new folder; --resume, or another --out")
-    run = assemble(cfg, argv)
+    run = assemble(cfg, argv, fresh=not other)
     if other:
         net = SGSeg.load(Path(other) / "warmup.pt", cfg.device)
         same = (net.classes, type(net.backbone)) == (run.net.classes, type(run.net.backbone))
         need(same, f"{other}: has other classes or backbone; expected this run's; leave --from out")
         run.net.load_state_dict(net.state_dict())
         run.epoch = cfg.warmup
-        run.log("fit", round=0)
+        run.log("from", run=str(other))
+    announce(run)
     run.save()
     return run
+
+
+def announce(run):
+    """Say what a new run has before it, and about how long that takes, if every step and every
+    photo takes as long as the first."""
+    cfg = run.cfg
+    number = processes()[1]
+    n = len(run.voc.ids)
+    loader = batches(run, 0, 0)
+    steps = (epochs_before(cfg, cfg.rounds + 1) - run.epoch) * len(loader)
+    y = run.voc.tags[: loader.batch_size].to(cfg.device)
+    x = torch.zeros(len(y), 3, cfg.crop, cfg.crop, device=cfg.device)
+    image = read_image(run.voc.image_paths[0])
+    run.net.eval()
+    for _ in range(2):  # the first time is slower
+        start = time.time()
+        with autocast(cfg):
+            L = sum(losses(run.net, x, y, x[:, 0].long()))
+        L.backward()
+        run.opt.zero_grad()
+        L.item()  # waits for CUDA
+        middle = time.time()
+        with torch.no_grad():
+            label_image(run.net, image, run.voc.tags[0], cfg, 1)[-1].cpu()
+        end = time.time()
+    minutes = (steps * (middle - start) + (cfg.rounds + 2) * n / number * (end - middle)) / 60
+    what = f"{n} photos, {run.voc.tags.shape[1]} classes, rounds: {cfg.rounds}, steps: {steps}"
+    say(f"{what}; about {minutes:.0f} minutes, given {cfg.device}")
+
+
+def autocast(cfg):
+    """bfloat16 in training, on CUDA."""
+    cuda = cfg.device.startswith("cuda")
+    return torch.autocast(cfg.device.split(":")[0], torch.bfloat16, enabled=cuda)
 
 
 def reopen(folder, given, free):
@@ -692,8 +740,9 @@ def parse(argv):
 
     def refuse(fault):
         wrong = re.search(r"arguments: (-\S+)", fault)
-        near = difflib.get_close_matches(wrong[1], parser._option_string_actions) if wrong else []
-        expected = " or ".join(near) or "the options of --help"
+        options = parser._option_string_actions
+        near = difflib.get_close_matches(wrong[1], options, 1) if wrong else []
+        expected = near[0] if near else "the options of --help"
         raise InputError(f"command line: {fault}; expected {expected}; correct it")
 
     parser.error = refuse
@@ -731,47 +780,59 @@ def parse(argv):
 def segment_photos(folder, photos, given, soft, scales):
     """NAME.png (palette indices), NAME_overlay.png and, if soft, NAME.npz (float16
     probabilities and class names) in RUN/segmented for each photo, or photo of a folder, and
-    areas.csv; bad photos are passed over and named at the end. For a list of ids, as
+    areas.csv of this call; bad photos are passed over and named at the end. For a list of ids, as
     ImageSets/Segmentation/test.txt, ID.png alone goes where VOC's server wants it."""
-    served = [photo for photo in photos if photo.endswith(".txt")]
-    photos = sum(map(data.photos_of, photos), [])
-    net = SGSeg.load(folder, check(Config(device=given.get("device", "auto"))).device)
+    other = " ".join(f"--{name}" for name in set(given) - {"out", "device", "favour"})
+    need(not other, f"{other}: of no effect with --segment; expected none; leave it out")
+    listed = photos[0].endswith(".txt") and not soft
+    fine = listed == any(photo.endswith(".txt") for photo in photos)
+    need(fine, "--segment: a list goes alone, without --soft; expected lists or photos; part them")
+    net = SGSeg.load(folder, check(Config(**given)).device)
     net.favour = given.get("favour", net.favour)
     net.scales = scales
-    server = "results/VOC2012/Segmentation/comp5_test_cls"
-    out = Path(folder) / (server if served else "segmented")
-    names = [Path(photo).stem for photo in photos]
-    results = {(out / f"{name}.png").resolve() for name in names}
-    results |= {(out / f"{name}_overlay.png").resolve() for name in names}
-    fault = "--segment: two photos of one name; expected different names; rename one"
-    need(len(results) == 2 * len(photos), fault)
-    taken = results & {Path(photo).resolve() for photo in photos}
-    fault = f"--segment: {' '.join(map(str, taken))} would be overwritten"
-    need(not taken, f"{fault}; expected photos elsewhere; move it")
+    photos = sum(map(data.photos_of, photos), [])
+    out = Path(folder) / ("results/VOC2012/Segmentation/comp5_test_cls" if listed else "segmented")
+    check_results(out, photos)
     faults = []
     rows = [("photo", "class", "share")]
-    for photo, name in zip(photos, names):
+    for photo in photos:
         try:
             image = read_image(photo)
         except InputError as fault:
             faults.append(str(fault))
             continue
         label = net.segment(image)
-        write(out / f"{name}.png", data.palette_image(label))
-        if not served:
-            write(out / f"{name}_overlay.png", data.overlay(image, label, net.classes))
+        path = out / f"{Path(photo).stem}.png"
+        write(path, data.palette_image(label))
+        if not listed:
+            write(f"{path.with_suffix('')}_overlay.png", data.overlay(image, label, net.classes))
         if soft:
             file = io.BytesIO()
             p = net.probabilities(image).cpu().numpy().astype(np.float16)
             np.savez_compressed(file, probabilities=p, classes=net.classes)
-            write(out / f"{name}.npz", file.getvalue())
-        shares = data.shares(label, net.classes)
-        rows += [(photo, *share) for share in shares.items()]
-        texts = [f"{k} {share:.0%}" for k, share in shares.items() if k != "background"]
-        say(f"{photo} -> {out / name}.png: {', '.join(texts) or 'background only'}")
-    write(Path(folder) / "segmented" / "areas.csv", data.csv_text(rows))
+            write(f"{path.with_suffix('')}.npz", file.getvalue())
+        areas = data.areas(label, net.classes)
+        rows += [(photo, *area) for area in areas.items()]
+        texts = [f"{k} {share:.0%}" for k, share in areas.items() if k != "background"]
+        say(f"{photo} -> {path}: {', '.join(texts) or 'background only'}")
+    if not listed:
+        write(out / "areas.csv", data.csv_text(rows))
     if faults:
         raise InputError(*faults)
+
+
+def check_results(out, photos):
+    """Refuse no photo, two photos of one name, and photos that lie where results go. Raises
+    InputError."""
+    need(photos, "--segment: no photo in the folder itself; expected some; name their folder")
+    names = [Path(photo).stem for photo in photos]
+    names += [f"{name}_overlay" for name in names]
+    twice = " ".join(data.repeated(names)[:3])
+    need(not twice, f"--segment: two photos of one name: {twice}; expected different; rename one")
+    results = {(out / f"{name}.png").resolve() for name in names}
+    taken = " ".join(str(photo) for photo in photos if Path(photo).resolve() in results)
+    fault = f"--segment: {taken} would be overwritten; expected photos elsewhere; move it"
+    need(not taken, fault)
 
 
 def start_run(folder, jobs, given, defaults, argv):
@@ -790,11 +851,8 @@ def start_run(folder, jobs, given, defaults, argv):
             cfg = check(Config(**defaults | given | {"out": str(folder)}))
             run = begin(cfg, argv, jobs["from"])
         run.lock = held
-        announce(run)
         if number > 1:
             dist.barrier()
-    fault = f"--batch {run.cfg.batch}: not a multiple of {number} processes; change one"
-    need(min(run.cfg.batch, len(run.voc.ids)) % number == 0, fault)
     return run
 
 
@@ -830,29 +888,6 @@ def command(argv):
     evaluate(run)
     minutes = (time.time() - start) / 60
     say(f"{minutes:.1f} minutes; results.json, labels in pseudo/, pictures in panels/ of {folder}")
-
-
-def announce(run):
-    """Say what a run has before it, and about how long that takes, if every step and every photo
-    takes as long as the first."""
-    cfg = run.cfg
-    n = len(run.voc.ids)
-    steps = (epochs_before(cfg, cfg.rounds + 1) - run.epoch) * len(batches(run, 0, 0))
-    y = run.voc.tags[: cfg.batch].to(cfg.device)
-    x = torch.zeros(len(y), 3, cfg.crop, cfg.crop, device=cfg.device)
-    image = read_image(run.voc.image_paths[0])
-    run.net.eval()
-    for _ in range(2):  # the first time is slower
-        start = time.time()
-        sum(losses(run.net, x, y, x[:, 0].long())).backward()
-        run.opt.zero_grad()
-        middle = time.time()
-        with torch.no_grad():
-            label_image(run.net, image, run.voc.tags[0], cfg, 1)
-        end = time.time()
-    minutes = (steps * (middle - start) + (cfg.rounds + 2) * n * (end - middle)) / 60
-    what = f"{n} photos, {len(y[0])} classes, {cfg.rounds} rounds, {steps} steps to go"
-    say(f"{what}: about {minutes:.0f} minutes, given {cfg.device}")
 
 
 def main(argv=None):

@@ -99,7 +99,7 @@ def bars(title, rows, names):
     return f"<figure><figcaption>{title}: {', '.join(keys)}</figcaption>{svg}</figure>"
 
 
-def shares(metrics, names):
+def stacks(metrics, names):
     """What each refine labels its pixels as: a stacked bar for each, as a figure."""
     parts = []
     rows = [row for row in metrics if row["what"] == "labels"]
@@ -108,14 +108,14 @@ def shares(metrics, names):
         parts.append(
             f'<text x="55" y="{40 * n + 25}" text-anchor="end">refine {row["round"]}</text>'
         )
-        for name in [*names, "undecided"]:
-            width = 730 * row.get(name, 0.0)
+        for name, share in [*row["shares"].items(), ("undecided", row["undecided"])]:
+            width = 730 * share
             k = IGNORE if name == "undecided" else names.index(name)
-            label = f"<title>{html.escape(name)} {row.get(name, 0):.1%}</title>"
+            label = f"<title>{html.escape(name)} {share:.1%}</title>"
             where = f'x="{x:.1f}" y="{40 * n + 5}" width="{width:.1f}" height="30"'
             parts.append(f'<rect {where} fill="{colour(k)}">{label}</rect>')
             x += width
-    present = [name for name in names if any(row.get(name) for row in rows)]
+    present = [name for name in names if any(row["shares"][name] for row in rows)]
     keys = [
         f'<span style="color:{colour(names.index(k))}">■</span> {html.escape(k)}' for k in present
     ]
@@ -126,15 +126,19 @@ def shares(metrics, names):
 
 def worst(folder, config, names, most=10):
     """Photo | last label | mask of the photos whose last labels agree least, by the mean IoU over
-    the classes of their masks; a sentence where there are no masks."""
+    the classes of their masks where they are decided; a sentence where there are no masks."""
     toy = folder / "toy"
-    kit = Photos(config["photos"]) if config["photos"] else VOC(config["voc"] or toy, "train")
+    try:
+        kit = Photos(config["photos"]) if config["photos"] else VOC(config["voc"] or toy, "train")
+    except InputError as fault:
+        return f"<p>{html.escape(str(fault))}</p>"
     scored = []
     for i, mask in enumerate(kit.mask_paths):
         path = folder / "masks" / f"{kit.ids[i]}.png"
         if mask and path.exists():
             truth = data.read_mask(mask, len(names) - 1)
-            C = data.confusion(truth, data.read_mask(path, 255, truth.shape[::-1]) % IGNORE, 254)
+            label = data.read_mask(path, len(names) - 1, truth.shape[::-1])
+            C = data.confusion(np.where(label == IGNORE, IGNORE, truth), label, 254)
             score = data.summary(C, [str(k) for k in range(254)])["miou"]
             scored.append((score, i))
     rows = []
@@ -157,22 +161,20 @@ def report(folder):
     """The page of a run, as text. Raises InputError."""
     results, metrics = read_run(folder)
     names = read_text(folder / "classes.txt").splitlines()
-    about = read_text(folder / "config.json")
-    with refusing(f"{folder}/config.json: cannot be read", "expected a run of this version"):
-        about = json.loads(about)
+    about = json.loads(read_text(folder / "config.json"))
     update = [row for row in metrics if row["what"] == "update"]
-    losses = {k: [(row["epoch"], row[k]) for row in update] for k in ("L_cls", "L_seg")}
+    lines = {k: [(row["epoch"], row[k]) for row in update] for k in ("L_cls", "L_seg")}
     val = [(row["round"], row["val_miou"]) for row in metrics if row["what"] == "val"]
     labels = {k: s for k, s in results.items() if k.startswith("labels")}
     scores = {"labels": [(n, s["miou"]) for n, s in enumerate(labels.values(), 1)], "val": val}
     shown = {name: results[name]["iou"] for name in [*list(labels)[:1], *list(labels)[-1:]]}
     shown |= {"val seg": results["val seg"]["iou"]} if "val seg" in results else {}
     occurring = [name for name in names if any(name in iou for iou in shown.values())]
-    panels = sorted((folder / "panels").glob("round*.png"), key=lambda path: int(path.stem[5:]))
+    panels = (folder / "panels").glob("round[0-9]*.png")
+    panels = sorted(panels, key=lambda path: int(path.stem[5:]))
     rounds = []
     for path in panels:
-        with refusing(f"{path}: cannot be read", "expected a picture"):
-            page = picture(Image.open(path))
+        page = picture(Image.open(path))
         caption = f"<figcaption>after round {path.stem[5:]}</figcaption>"
         rounds.append(f'<figure class="scroll">{caption}{page}</figure>')
     config = [f"<tr><td>{k}<td>{html.escape(str(v))}" for k, v in about["config"].items()]
@@ -181,10 +183,10 @@ def report(folder):
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(folder.name)}</title><style>{STYLE}</style>
 <h1>{html.escape(folder.name)}</h1><p><code>{command}</code></p>
-<div class="row">{curves("losses by epoch", losses)}{curves("mIoU by round, %", scores, 100)}</div>
+<div class="row">{curves("losses by epoch", lines)}{curves("mIoU by round, %", scores, 100)}</div>
 <h2>The same images after every round</h2>{"".join(rounds)}
 <h2>IoU by class, %</h2>{bars("IoU", shown, occurring) if shown else "<p>No masks.</p>"}
-<h2>What each refine labels</h2>{shares(metrics, names)}
+<h2>What each refine labels</h2>{stacks(metrics, names)}
 <h2>Where the last labels are worst</h2>{worst(folder, about["config"], names)}
 <h2>Configuration</h2><table>{"".join(config)}</table></html>"""
 
@@ -197,7 +199,10 @@ def main(argv=None):
     folder = parser.parse_args(argv).run
     try:
         need(folder.is_dir(), f"{folder}: no such run; expected a run's folder; correct it")
-        data.write(folder / "report.html", report(folder))
+        fix = "expected a finished run of this version; train.py --resume, or --eval RUN"
+        with refusing(f"{folder}: cannot be read", fix):
+            page = report(folder.resolve())
+        data.write(folder / "report.html", page)
     except InputError as fault:
         print(f"report.py: {fault}", file=sys.stderr)
         return 2

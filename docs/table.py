@@ -60,7 +60,7 @@ def one(folder):
         print()
     rounds = {}
     for m in metrics:
-        rounds.setdefault(m.get("round"), {}).update(m)
+        rounds.setdefault(m.get("round"), {}).update(m | m.get("shares", {}))
     keys = ("undecided", "background", "val_core", "val_miou")
     rows = [[str(r), *(percent(m.get(key)) for key in keys)] for r, m in rounds.items() if r]
     print_table(["round", "labels: undecided", "background", "val core-7", "val mIoU"], rows)
