@@ -340,8 +340,9 @@ class VOC:
             except InputError as fault:
                 faults.append(str(fault))
         if len(faults) > 1:
-            rest = f"; the first {most} (python data.py PATH: all)" if len(faults) > most else ""
-            faults = [f"{len(faults)} files are wrong{rest}:", *faults[:most]]
+            rest = f"; the first {most}" if len(faults) > most else ""
+            head = f"{len(faults)} files are wrong (python data.py PATH lists all){rest}:"
+            faults = [head, *faults[:most]]
         if faults:
             raise InputError(*faults)
         if masks:

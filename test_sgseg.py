@@ -2604,8 +2604,11 @@ def test_tagged_photos_become_masks_beside_the_run(album, tmp_path):
     small = options(album, out, "--rounds", 1)
     small[0] = "--photos"
     assert train.main(small) == 0
-    names = (out / "classes.txt").read_text().split()
-    assert names == ["background", *sorted(data.TOY_CLASSES)]
+    listed = [line.split() for line in (out / "classes.txt").read_text().splitlines()]
+    names = ["background", *sorted(data.TOY_CLASSES), "undecided"]
+    assert [(int(k), name) for k, name, _ in listed] == list(zip([0, 1, 2, 3, 4, 255], names))
+    assert [colour for *_, colour in listed[:3]] == ["#000000", "#800000", "#008000"]
+    assert listed[-1][2] == "#e0e0c0"
     photos = data.Photos(album)
     for name in photos.ids:
         mask = Image.open(out / "masks" / f"{name}.png")
@@ -2683,10 +2686,10 @@ def test_data_py_says_what_the_loader_sees(kit, album, capsys):
         (kit / f"JPEGImages/toy_{n:04d}.jpg").write_bytes(b"no photo")
     argv = [sys.executable, HERE / "data.py", kit]
     done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.returncode == 2 and "12 files are wrong:" in done.stderr
+    assert done.returncode == 2 and "12 files are wrong (" in done.stderr
     assert all(f"toy_{n:04d}.jpg" in done.stderr for n in range(12))
     assert "Traceback" not in done.stderr and "train: 16 photos" in done.stdout
-    assert "the first 10 (python data.py PATH: all)" in refused(VOC(kit, "train").scan)
+    assert "(python data.py PATH lists all); the first 10:" in refused(VOC(kit, "train").scan)
 
 
 def test_bad_albums_get_one_line(album, tmp_path, capsys):

@@ -387,10 +387,12 @@ def total(x):
 
 def deliver(run):
     """The labels of the last refine where one looks for them: RUN/masks/ID.png,
-    RUN/overlays/ID.png, RUN/areas.csv (photo, class, share of its pixels) and RUN/classes.txt,
-    whose n-th line is index n - 1."""
+    RUN/overlays/ID.png, RUN/areas.csv (photo, class, share of its pixels) and RUN/classes.txt
+    (index, name, colour)."""
     names = run.net.classes
-    write(run.folder / "classes.txt", "\n".join(names) + "\n")
+    colours = np.reshape(data.palette_image(np.zeros((1, 1))).getpalette(), (256, 3)).tolist()
+    lines = [f"{k} {name} #{bytes(colours[k]).hex()}" for k, name in enumerate(names)]
+    write(run.folder / "classes.txt", "\n".join([*lines, "255 undecided #e0e0c0", ""]))
     rows = [("photo", "class", "share")]
     for i in track("masks", range(0 if run.cfg.supervised else len(run.voc.ids))):
         name = run.voc.ids[i]
