@@ -2684,11 +2684,12 @@ def test_data_py_says_what_the_loader_sees(kit, album, capsys):
     assert "without a tag: 1\n" in capsys.readouterr().out
     for n in range(12):
         (kit / f"JPEGImages/toy_{n:04d}.jpg").write_bytes(b"no photo")
-    argv = [sys.executable, HERE / "data.py", kit]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.returncode == 2 and "12 files are wrong (" in done.stderr
-    assert all(f"toy_{n:04d}.jpg" in done.stderr for n in range(12))
-    assert "Traceback" not in done.stderr and "train: 16 photos" in done.stdout
+    log = kit / "log"
+    assert ended(alone(log, script_alone, [HERE / "data.py", kit])) == 2
+    said = log.read_text()
+    assert "12 files are wrong (" in said and said.count("\n") == 13
+    assert all(f"toy_{n:04d}.jpg" in said for n in range(12))
+    assert "train: 16 photos" in Path(f"{log}.out").read_text()
     assert "(python data.py PATH lists all); the first 10:" in refused(VOC(kit, "train").scan)
 
 
@@ -3148,15 +3149,15 @@ def test_training_and_segmenting_work_off_the_main_thread(toy, finished, tmp_pat
     status = []
 
     def work():
-        status.append(train.main(options(toy, tmp_path / "run")))
-        argv = ["--out", str(tmp_path / "run"), "--segment", str(toy / JPG)]
+        status.append(train.main(options(toy, tmp_path / "run", "--rounds", 0)))
+        shutil.copytree(finished, tmp_path / "copy")
+        argv = ["--out", str(tmp_path / "copy"), "--segment", str(toy / JPG)]
         status.append(train.main(argv))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
     assert status == [0, 0]
-    assert same(product(finished)["model"], product(tmp_path / "run")["model"])
 
 
 # ---- several processes ---------------------------------------------------------------------------
@@ -3200,7 +3201,11 @@ def test_two_processes_make_the_labels_of_one_and_go_on_after_a_kill(toy, finish
     assert differing(product(out), product(again)) == []
 
 
-def test_two_processes_in_a_folder_that_is_not_theirs(toy, finished):
+def test_two_processes_refuse_before_anything_is_written(toy, finished, tmp_path):
     first, second = side_by_side(finished, options(toy, finished))
     assert first[0] == 2 and "is not empty" in first[1] and first[1].count("\n") == 1
     assert second[0] == 2
+    out = tmp_path / "run"
+    first, second = side_by_side(out, options(toy, out, "--batch", 5))
+    assert (first[0], second[0]) == (2, 2) and "a batch of 5 photos in 2 processes" in first[1]
+    assert [path.name for path in out.iterdir()] == ["lock"]
