@@ -49,7 +49,8 @@ def conv_bn(c_in, c_out, kernel=3, stride=1):
 
 class Backbone(nn.Module):
     """What the network asks of a backbone: these attributes, and forward(x) -> F_low, F_mid,
-    F_high for x normalised by mean and std. Your own: the recipe in the README."""
+    F_high for x normalised by mean and std. Your own: the recipe in the README; what it holds
+    beside layers must be registered buffers."""
 
     channels = None  # of F_low, F_mid, F_high
     mean = (0.485, 0.456, 0.406)  # torchvision's ImageNet statistics
@@ -278,8 +279,8 @@ class SGSeg(nn.Module):
         _, c_mid, c_high = self.backbone.channels
         self.cam = nn.Conv2d(c_high, len(names), 1, bias=False)
         self.seg = SegHead(c_mid, c_high, len(names))
-        mean = torch.tensor(self.backbone.mean).view(1, 3, 1, 1)
-        std = torch.tensor(self.backbone.std).view(1, 3, 1, 1)
+        mean = torch.tensor(self.backbone.mean, device="cpu").view(1, 3, 1, 1)
+        std = torch.tensor(self.backbone.std, device="cpu").view(1, 3, 1, 1)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
@@ -366,8 +367,9 @@ class SGSeg(nn.Module):
         fix = "expected the model.pt of a run past its first round, its backbone one of BACKBONES"
         state = load(path)
         with refusing(f"{path}: not a model of this version", fix):
-            net = cls(**state["config"])
-            net.load_state_dict(finite(state["model"], path))
+            with torch.device("meta"):  # no random weights: they take as long as reading
+                net = cls(**state["config"])
+            net.load_state_dict(finite(state["model"], path), assign=True)
         return net.eval().to(device, memory_format=torch.channels_last)
 
 
