@@ -322,7 +322,7 @@ class VOC:
 
     def scan(self, masks=False, most=10):
         """Read every photo, every tag and, with masks, every mask there is, before training
-        begins. Sets tags (n,K) float32 and sizes. Raises InputError with at most so many faults."""
+        begins. Sets tags (n,K) float32 and sizes. Raises InputError with at most `most` faults."""
         self.tags = torch.zeros(len(self.ids), len(self.classes))
         self.sizes = []
         faults = []
@@ -712,7 +712,7 @@ def make_toy(root, train=240, val=60, size=97, seed=0):
 
 def report(path):
     """Print what the loader sees in a devkit or folder of photos: splits, classes, sizes, masks,
-    and how many other files it passes over. Raises InputError with every fault, of masks too."""
+    and which other files there are. Raises InputError with every fault, of masks too."""
     kits = [VOC(path, "train") if devkit_in(path) else Photos(path)]
     kits += [VOC(path, "val")] if kits[0].has("val") else []
     how = "a VOC devkit (--voc)" if devkit_in(path) else "photos in folders or tags.csv (--photos)"
@@ -734,7 +734,7 @@ def report(path):
         taken = {*kits[0].image_paths, *kits[0].mask_paths}
         others = [p for p in kits[0].root.rglob("*") if p.is_file() and p not in taken]
         names = ", ".join(str(p.relative_to(kits[0].root)) for p in sorted(others)[:10])
-        say(f"  passed over, {len(others)} files: {names}")
+        say(f"  {len(others)} other files, no photos or copies of one: {names}")
     if faults:
         raise InputError(*faults)
 

@@ -36,9 +36,9 @@ def localization_maps(scores, classes, floor=1e-5):
     """Stage 1. M_k = relu(S_k) / max(max_ij relu(S_k), floor) for the tagged k: roughly where.
 
     scores (B,K,h,w) float32, the CAM scores S; classes (P,) the indices of the tagged ones. Returns
-    (B,P,h,w) in [0,1], 0 where nothing is positive. ValueError: tags y in place of indices, or
-    indices of no class. Source: abstract, sentence 5; class activation
-    mapping, Zhou et al. 2016, with the usual relu and division by the maximum.
+    (B,P,h,w) in [0,1], 0 where nothing is positive. Source: abstract, sentence 5; class activation
+    mapping, Zhou et al. 2016, with the usual relu and division by the maximum. Raises ValueError
+    where classes are no different indices from 0 to K-1, such as tags y.
 
     >>> localization_maps(torch.tensor([[[[9., 9.], [9., 9.]], [[2., 4.], [-1., 1.]]]]), [1])
     tensor([[[[0.5000, 1.0000],
@@ -54,7 +54,7 @@ def head_maps(logits, classes, soften=2.0):
     it learnt.
 
     logits (B,K+1,h,w), Z, background first; classes (P,). Returns (B,P,h,w) in [0,1]. Our choice
-    (soften: tuned).
+    (soften: tuned). ValueError as `localization_maps`.
 
     >>> head_maps(torch.tensor([0., 9., 0.]).view(1, 3, 1, 1), [1]).item()      # class 0: no tag
     0.5
@@ -335,8 +335,8 @@ def solve3(row0, row1, row2, eps):
 
 def box_mean(x, radius):
     """Mean over the (2r+1)^2 window around each pixel, cut at the border, divided by its pixels: x
-    (B,C,H,W) -> (B,C,H,W), radius >= 0. Running sums cost the same for every radius, which torch's
-    pooling does not; the memory is linear in the pixels.
+    (B,C,H,W) -> (B,C,H,W), radius >= 0. Running sums cost hardly more for a larger radius, where
+    torch's pooling does; the memory is linear in the pixels.
 
     >>> box_mean(torch.tensor([[[[1., 2., 6.]]]]), radius=1)
     tensor([[[[1.5000, 3.0000, 4.0000]]]])
@@ -346,7 +346,7 @@ def box_mean(x, radius):
         n = x.shape[dim]
         r = min(radius, n - 1)
         pad = (0, 0, r + 1, r) if dim == 2 else (r + 1, r)
-        sums = F.pad(x, pad).cumsum_(dim)  # of all before; beyond the border are zeros
+        sums = F.pad(x, pad).cumsum_(dim)  # r + 1 zeros first: sums[i] ends before i's window
         x = sums.narrow(dim, 2 * r + 1, n) - sums.narrow(dim, 0, n)
         i = torch.arange(n, device=x.device, dtype=x.dtype)  # floats: dividing by integers is slow
         count = (i + r).clamp_max(n - 1) - (i - r).clamp_min(0) + 1  # in the window of i

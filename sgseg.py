@@ -274,7 +274,7 @@ class SGSeg(nn.Module):
         self.size = size
         self.favour = favour
         self.guide = (radius, eps) if self_guided else None
-        self.scales = SCALES[:1]  # of `leading`; SCALES: better and slower
+        self.scales = SCALES[:1]  # of `leading`, which averages over them; SCALES: slower
         self.backbone = BACKBONES[backbone]()
         _, c_mid, c_high = self.backbone.channels
         self.cam = nn.Conv2d(c_high, len(names), 1, bias=False)

@@ -348,7 +348,7 @@ def update_step(run, net, batch, decay, where):
 
 
 def meet():
-    """One of torchrun's processes meets the others; the first alone speaks."""
+    """One of torchrun's processes meets the others; the first alone prints what goes well."""
     if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
         dist.init_process_group()
         rank = int(os.environ["LOCAL_RANK"])
