@@ -43,8 +43,7 @@ Image.MAX_IMAGE_PIXELS = None  # `decoded` has a limit of its own, and says so i
 
 
 class InputError(Exception):
-    """The one error a user can cause: 'file: what is wrong; expected what; fix', one line a
-    fault."""
+    """The one error a user can cause: 'file: what is wrong; expected what; fix', a line each."""
 
     def __init__(self, *faults):
         own = [fault.split("InputError: ")[-1] for fault in faults]  # without a worker's traceback
@@ -70,8 +69,7 @@ def refusing(what, fix):
 
 
 def read(path, limit=2**28):
-    """The bytes of a regular file of at most `limit`: every file is read here. Raises
-    InputError."""
+    """The bytes of a file, at most `limit`: every file is read here. Raises InputError."""
     path = Path(path)
     with refusing(f"{path}: cannot be read", "expected a file that may be read; mend it"):
         need(path.exists(), f"{path}: no such file; expected one; add it or correct the path")
@@ -107,8 +105,7 @@ def finite(state, source):
 
 def write(path, content):
     """Text, bytes, a picture (as PNG) or a dict (as `load` reads it) to path: temporary file,
-    fsync, rename: path is always the old or the new whole. Every file is written here. Raises
-    InputError."""
+    fsync, rename: path is always the old or the new whole. All is written here. InputError."""
     buffer = io.BytesIO()
     if isinstance(content, Image.Image):
         content.save(buffer, "PNG")
@@ -241,8 +238,7 @@ def read_list(path):
 
 
 def read_classes(path):
-    """The class names in classes.txt, one a line, without the background, which is index 0 by
-    itself. Raises InputError."""
+    """The class names in classes.txt, one a line, no background. Raises InputError."""
     names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     return check_classes(names, path)
 
@@ -263,8 +259,7 @@ def check_classes(names, path):
 
 
 def devkit_in(path):
-    """The folder that holds ImageSets/Segmentation: path, its VOC2012 or VOCdevkit/VOC2012; or
-    None."""
+    """Where ImageSets/Segmentation is: path, its VOC2012, VOCdevkit/VOC2012, or None: nowhere."""
     for root in (Path(path), Path(path) / "VOC2012", Path(path) / "VOCdevkit" / "VOC2012"):
         if (root / "ImageSets" / "Segmentation").is_dir():
             return root.resolve()
@@ -272,8 +267,7 @@ def devkit_in(path):
 
 
 class VOC:
-    """One split of a devkit: ids, and for i the photo, its tags y (K,) and, for scoring only, its
-    mask.
+    """One split of a devkit: ids, and for i the photo, its tags y (K,) and its mask, for scoring.
 
     path is the folder that holds ImageSets, or the one above VOC2012 or VOCdevkit/VOC2012.
     image_paths[i] is JPEGImages/ID.jpg (or another ending), mask_paths[i] in SegmentationClassAug
@@ -311,8 +305,7 @@ class VOC:
         return {"classes": self.classes, "ids": self.ids, "tags": self.tags.tolist()}
 
     def mask(self, i, size):
-        """(H,W) uint8 ground truth of image i of size (W,H). For measuring only. Raises
-        InputError."""
+        """(H,W) uint8 ground truth of image i of size (W,H), to measure. Raises InputError."""
         return read_mask(self.mask_paths[i], len(self.classes), size)
 
     def read_tags(self, i):
@@ -474,16 +467,14 @@ def to_tensor(image):
 
 
 def aligned(image, size):
-    """Resized: the long side about `size`, both sides 16n+1, where every feature grid is
-    aligned."""
+    """Resized: the long side about `size`, both sides 16n+1, which aligns every feature grid."""
     scale = size / max(image.size)
     sides = [16 * max(1, round((side * scale - 1) / 16)) + 1 for side in image.size]
     return image.resize(sides, Image.BILINEAR)
 
 
 class Crops(torch.utils.data.Dataset):
-    """Joint scale / flip / crop of image i and its label map: everything random is drawn from
-    (seed, epoch, n) alone.
+    """Joint scale / flip / crop of image i and its label map, drawn from (seed, epoch, n) alone.
 
     The long side becomes size * U(scale), then a crop x crop window is cut; outside the image the
     input is grey (128/255) and the label 255. label_paths lists the PNGs of pseudo labels, or is
@@ -564,10 +555,9 @@ def summary(C, classes):
 
 
 def areas(label, names):
-    """{name: share of the pixels} of the classes that occur in a label, "undecided" of 255."""
-    counts = np.bincount(label.ravel(), minlength=256) / label.size
-    share = {names[k]: float(x) for k, x in enumerate(counts[:IGNORE]) if x}
-    return share | ({"undecided": float(counts[IGNORE])} if counts[IGNORE] else {})
+    """{name: share of the pixels} of the classes that occur in a label."""
+    counts = np.bincount(label.ravel(), minlength=len(names))
+    return {name: float(n / label.size) for name, n in zip(names, counts) if n}
 
 
 def csv_text(rows):
@@ -599,15 +589,14 @@ def heat(image, M):
 
 
 def overlay(image, label, names=()):
-    """Label colours over the photo, 255 cream; with the names of all classes a legend of those
-    that occur, the background apart."""
+    """Label colours over the photo, 255 cream; with all classes' names a legend of the objects."""
     colours = palette_image(label)
     picture = Image.blend(image, colours.convert("RGB"), 0.6)
     draw = ImageDraw.Draw(picture)
     present = [name for name in areas(label, names) if name != names[0]] if names else []
     side = max(8, image.height // max(25, 2 * len(present) + 1))
     for n, name in enumerate(present):
-        k = IGNORE if name == "undecided" else names.index(name)
+        k = names.index(name)
         box = (side, side * (2 * n + 1), 2 * side, side * (2 * n + 2))
         draw.rectangle(box, fill=tuple(colours.getpalette()[3 * k : 3 * k + 3]), outline="white")
         how = {"font": letters(side), "stroke_width": 1, "stroke_fill": "black"}

@@ -1,5 +1,4 @@
-"""The four stages that turn one network's features into dense pseudo labels, one short function
-each.
+"""The four stages from one network's features to dense pseudo labels, a short function each.
 
 Ke & Hsu (2018), abstract, sentences 5 to 8, name the stages and what each looks at. No number and
 no formula of the paper is in this repository: every one below is our choice, its source beside it
@@ -21,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 IGNORE = 255  # VOC's "void" index: no loss, no score
-LO = 0.35  # background where every map stays below (tuned; ToCo: 0.25)
-HI = 0.50  # a class where its map gets this far (tuned; ToCo: 0.7)
+LO = 0.30  # background where every map stays below (tuned; ToCo: 0.25)
+HI = 0.60  # a class where its map gets this far (tuned; ToCo: 0.7)
 STRENGTH = 100.0  # lambda of the affinity energy (tuned)
 STEPS = 40  # of the walk (tuned)
 TEMPERATURE = 0.1  # of the affinity exp(cos / temperature) (tuned)
@@ -49,9 +48,8 @@ def localization_maps(scores, classes, floor=1e-5):
 
 
 def head_maps(logits, classes, soften=2.0):
-    """Stage 1 of later rounds. M_k = softmax(Z / soften)_k over background and tagged classes: by
-    then the segmentation head knows more than the CAM head. Softened, for it is over-sure of what
-    it learnt.
+    """Stage 1 of later rounds. M_k = softmax(Z / soften)_k over background and tagged classes: the
+    segmentation head now knows more than the CAM head. Softened: it is over-sure of what it learnt.
 
     logits (B,K+1,h,w), Z, background first; classes (P,). Returns (B,P,h,w) in [0,1]. Our choice
     (soften: tuned). ValueError as `localization_maps`.
@@ -66,8 +64,7 @@ def head_maps(logits, classes, soften=2.0):
 
 def stretched(maps, floor):
     """M_k / max(max_ij M_k, floor), maps (B,P,h,w) >= 0: a maximum of 1, but never multiplied by
-    more than 1 / floor, so that small classes do not vanish and wrong ones do not fill the
-    picture."""
+    more than 1 / floor: small classes do not vanish, wrong ones do not fill the picture."""
     return maps / maps.amax((2, 3), keepdim=True).clamp_min(floor)
 
 
@@ -164,16 +161,14 @@ def check_indices(classes, num_classes):
 
 
 def check_grids(maps, features, strength):
-    """Raise ValueError unless maps (B,P,h,w), features (B,C,h,w) share B, h, w and strength >=
-    0."""
+    """Raise ValueError unless maps (B,P,h,w), features (B,C,h,w) share B, h, w; strength >= 0."""
     if maps.shape[::2] + maps.shape[3:] != features.shape[::2] + features.shape[3:] or strength < 0:
         got = f"{tuple(maps.shape)}, {tuple(features.shape)}, {strength}"
         raise ValueError(f"want maps and features of one batch and grid, strength >= 0; got {got}")
 
 
 def self_guided(maps, image, radius=RADIUS, eps=EPS):
-    """Stage 3. q_i = clamp(up(mean(a))_i . I_i + up(mean(b))_i, 0, 1): the image itself guides its
-    maps to full resolution.
+    """Stage 3. q_i = clamp(up(mean(a))_i . I_i + up(mean(b))_i, 0, 1): the image guides its maps.
 
     The coefficients a, b are fitted on the maps' own grid, to the image averaged down to it; only
     they are upsampled, so every edge in q comes from the image's own pixels (Fast Guided Filter, He
@@ -241,16 +236,14 @@ def four_stages(scores, features, image, classes, stages=STAGES, lo=LO, hi=HI, f
 
 
 def up(x, size):
-    """Bilinear x (B,C,h,w) -> (B,C,*size), corners on corners, as sizes 16n+1 and their grids
-    want."""
+    """Bilinear x (B,C,h,w) -> (B,C,*size), corners on corners: right for sides 16n+1."""
     if x.shape[1] == 0:  # a photo without a tag has no maps
         return x.new_zeros(*x.shape[:2], *size)
     return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
 def guided_filter(p, I, radius, eps):
-    """q_i = mean(a)_i . I_i + mean(b)_i: He, Sun & Tang's guided filter, maps and image on one
-    grid.
+    """q_i = mean(a)_i . I_i + mean(b)_i: He, Sun & Tang's guided filter, all on one grid.
 
     p (B,P,H,W); I (B,3,H,W) in [0,1]. Returns (B,P,H,W), not clamped. Small eps: the image speaks;
     large eps, or a flat image: a box mean, twice. ValueError as `guided_coefficients`.
@@ -267,8 +260,7 @@ def guided_filter(p, I, radius, eps):
 
 
 def guided_coefficients(p, I, radius, eps):
-    """In every window omega_k the result is an affine function of the colours, q_i = a_k . I_i +
-    b_k:
+    """In every window omega_k the result is affine in the colours, q_i = a_k . I_i + b_k:
 
         a_k = (Sigma_k + eps U)^-1 (mean_k(I p) - mu_k mean_k(p)),    b_k = mean_k(p) - a_k . mu_k
 
@@ -304,9 +296,8 @@ def minus(u, v, w):
 
 
 def covariances(x, mean, radius):
-    """For each colour c the covariances, in every window, of x_c with x_c, x_(c+1), ... and the
-    maps: x (B,3+P,h,w), colours, then maps; mean its box mean. Returns three tensors
-    (B,3-c+P,h,w)."""
+    """Covariances, in every window, of each colour x_c with x_c, x_(c+1), ... and the maps: x
+    (B,3+P,h,w), colours, then maps; mean its box mean. Returns a (B,3-c+P,h,w) for each c."""
     rows = []
     for c in range(3):
         product = box_mean(x[:, c : c + 1] * x[:, c:], radius)

@@ -35,8 +35,7 @@ from data import InputError, aligned, finite, load, need, read_image, refusing, 
 
 
 def conv_bn(c_in, c_out, kernel=3, stride=1):
-    """conv -> BatchNorm -> ReLU6, symmetric padding: (B,c_in,H,W) ->
-    (B,c_out,H/stride,W/stride)."""
+    """conv -> BatchNorm -> ReLU6: (B,c_in,H,W) -> (B,c_out,H/stride,W/stride)."""
     return nn.Sequential(
         nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False),
         nn.BatchNorm2d(c_out),
@@ -217,8 +216,7 @@ def load_imagenet(backbone, source="auto"):
 
 
 def imagenet_state(where):
-    """The state dict of ImageNet weights at an URL or in a package ("package:file"), classifier
-    and all. Raises InputError."""
+    """The whole state dict at an URL or in a package ("package:file"). Raises InputError."""
     if where.startswith("https://"):
         with refusing(f"{where}: cannot be fetched", "--weights FILE, or --weights none"):
             fetch = torch.hub.load_state_dict_from_url
@@ -236,8 +234,7 @@ def imagenet_state(where):
 class SegHead(nn.Module):
     """Z = conv1x1(ReLU6(conv3x3[up(proj F_high), proj F_mid])): F_mid (B,C2,H/8,W/8) and F_high
     (B,C3,H/16,W/16) -> (B,K+1,H/8,W/8). Our choice: F_high says which class, F_mid where its
-    borders are; the two projections are 1x1, to 128 and 64 channels (our choice: what two cores
-    bear)."""
+    borders are; the projections are 1x1, to 128 and 64 channels (our choice: two cores)."""
 
     def __init__(self, c_mid, c_high, num_classes, width=128):
         super().__init__()
@@ -355,14 +352,12 @@ class SGSeg(nn.Module):
         return p
 
     def portable(self):
-        """What `load` needs: {"config", "model"}, half a checkpoint's size and no list of
-        photos."""
+        """What `load` needs: {"config", "model"}; half a checkpoint's size, no list of photos."""
         return {"config": self.config, "model": self.state_dict()}
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """The trained network of a run folder, or of its model.pt, ready to segment. Raises
-        InputError."""
+        """The trained network of a run folder or model.pt, set to segment. Raises InputError."""
         path = Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
         fix = "expected the model.pt of a run past its first round, its backbone one of BACKBONES"
         state = load(path)
@@ -374,8 +369,7 @@ class SGSeg(nn.Module):
 
 
 def check_input(x):
-    """Raise ValueError unless x is (B,3,H,W), floats in [0,1]: uint8, 0..255 and one channel would
-    be answered silently."""
+    """Raise ValueError unless x is (B,3,H,W), floats in [0,1]: all else is answered silently."""
     fine = x.ndim == 4 and x.shape[1] == 3 and x.is_floating_point()
     if fine and not torch.compiler.is_compiling():  # an exported network looks at shapes alone
         fine = bool((x.min() > -0.01) & (x.max() < 1.01))

@@ -1534,7 +1534,7 @@ def seeing(S, Z, F_mid):
     return SimpleNamespace(outputs=lambda image: (S, S.mean((2, 3)), Z, F_mid))
 
 
-def test_thresholds_fall_from_round_two_to_the_last_refine():
+def test_the_last_refine_decides_what_the_rounds_leave_undecided():
     """One class, map values spread evenly over 0 to 1: the share of background tells lo, that of
     the class 1 - hi."""
     S = torch.linspace(0, 1, 64).view(1, 1, 8, 8)
@@ -1548,17 +1548,13 @@ def test_thresholds_fall_from_round_two_to_the_last_refine():
         label = train.label_image(net, Image.new("RGB", (8, 8)), torch.ones(1), cfg, r)[-1]
         return float((label == 0).float().mean()), 1 - float((label == 1).float().mean())
 
-    steep = {"lo": (0.2, 0.8, 0.5)}
-    for rounds, more, want in (
-        (3, {}, (0.35, 0.45, 0.40, 0.35)),
-        (1, {}, (0.35, 0.35)),
-        (5, {}, (0.35, 0.45, 0.40, 0.35, 0.35, 0.35)),
-        (3, steep, (0.2, 0.8, 0.5, 0.5)),
-        (1, steep, (0.2, 0.5)),
-        (2, {"lo": (0.6,)}, (0.6, 0.6, 0.6)),
-    ):
-        for r, lo in enumerate(want, 1):
-            assert thresholds(rounds, r, **more) == pytest.approx((lo, lo + 0.15), abs=0.02)
+    for more, want in (({}, (0.3, 0.6)), ({"lo": 0.2, "hi": 0.8}, (0.2, 0.8))):
+        middle = sum(want) / 2
+        for rounds in (1, 3):
+            for r in range(1, rounds + 1):
+                assert thresholds(rounds, r, **more) == pytest.approx(want, abs=0.02)
+            last = thresholds(rounds, rounds + 1, **more)
+            assert last == pytest.approx((middle, middle), abs=0.02) and last[0] == last[1]
 
 
 def test_later_rounds_refine_the_softened_head_stretched_within_a_bound(monkeypatch):
@@ -2336,8 +2332,9 @@ def test_bad_masks_are_named(case, kit):
     "argv, word",
     [
         (["--lo", "0.9"], "--lo"),
-        (["--lo", "0.3", "nan"], "--lo"),
+        (["--lo", "nan"], "--lo"),
         (["--lo"], "--lo"),
+        (["--hi", "1.1"], "--hi"),
         (["--radius", "-1"], "--radius"),
         (["--crop", "100"], "--crop"),
         (["--eps", "0"], "--eps"),
@@ -2605,10 +2602,9 @@ def test_tagged_photos_become_masks_beside_the_run(album, tmp_path):
     small[0] = "--photos"
     assert train.main(small) == 0
     listed = [line.split() for line in (out / "classes.txt").read_text().splitlines()]
-    names = ["background", *sorted(data.TOY_CLASSES), "undecided"]
-    assert [(int(k), name) for k, name, _ in listed] == list(zip([0, 1, 2, 3, 4, 255], names))
+    names = ["background", *sorted(data.TOY_CLASSES)]
+    assert [(int(k), name) for k, name, _ in listed] == list(enumerate(names))
     assert [colour for *_, colour in listed[:3]] == ["#000000", "#800000", "#008000"]
-    assert listed[-1][2] == "#e0e0c0"
     photos = data.Photos(album)
     for name in photos.ids:
         mask = Image.open(out / "masks" / f"{name}.png")
@@ -2665,9 +2661,10 @@ def test_tables_of_tags_name_photos_that_are_there(toy, tmp_path):
 def test_areas_are_the_shares_of_the_masks(finished, toy):
     rows = list(csv.reader(io.StringIO((finished / "areas.csv").read_text("utf-8-sig"))))
     assert rows[0] == ["photo", "class", "share"]
-    names = ["background", *data.TOY_CLASSES, *["undecided"] * 251]
+    names = ["background", *data.TOY_CLASSES]
     for name in VOC(toy, "train").ids:
         mask = np.asarray(Image.open(finished / "masks" / f"{name}.png"))
+        assert (mask <= 4).all()  # the last refine decides every pixel
         want = {names[k]: float((mask == k).mean()) for k in np.unique(mask)}
         assert {row[1]: float(row[2]) for row in rows if row[0] == name} == want
 

@@ -72,7 +72,8 @@ class Config:
     strength: tuple = (100.0, 10.0)  # lambda of the affinity energy: round 1, later rounds (tuned)
     radius: int = refine.RADIUS  # window radius of the guided filter, stride-8 cells (tuned)
     eps: float = refine.EPS  # eps of the guided filter (tuned)
-    lo: tuple = (0.35, 0.45, 0.40, 0.35)  # lo of each refine; its last is the last refine's (tuned)
+    lo: float = refine.LO  # background where every map stays below it (tuned)
+    hi: float = refine.HI  # a class where its map gets this far; the last refine: the mean of both
     favour: float = 0.75  # objects' head start in logits when segmenting (tuned)
     supervised: bool = False  # train on the true masks: the upper bound, for measuring only
     # machine
@@ -83,9 +84,8 @@ class Config:
 
 # What the toy set wants otherwise (our choice: solved in a minute on two cores)
 TOY = {"backbone": "tiny", "warmup": 15, "rounds": 2, "lr": 0.1, "crop": 97, "size": 97}
-TOY |= {"scale": (0.75, 1.25), "strength": (5.0, 5.0), "radius": 2, "eps": 1e-3, "lo": (0.45,)}
-TOY |= {"favour": 0.0}
-BAND = 0.15  # hi - lo: labels between are undecided (our choice; a wider band did worse)
+TOY |= {"scale": (0.75, 1.25), "strength": (5.0, 5.0), "radius": 2, "eps": 1e-3}
+TOY |= {"lo": 0.45, "hi": 0.6, "favour": 0.0}
 FLOOR = (1e-5, 0.3)  # a map is stretched by at most 1 / floor: round 1, later rounds (tuned)
 MOMENTUM = 0.9  # of SGD (DeepLab)
 WEIGHT_DECAY = 1e-4  # of SGD (our choice)
@@ -96,8 +96,7 @@ STOPPED = "sgseg: stopped; --resume goes on, repeating at most one epoch"
 
 
 def train(run, annotate=None):
-    """Alternate: with the network fixed refine the labels, with the labels fixed update the
-    network.
+    """Alternate: refine the labels with the network fixed, update it with the labels fixed.
 
     A run that was stopped goes through the same lines and passes over what it has behind it.
     annotate: a way of your own from the network to the labels, instead of `label_image`: of the
@@ -160,8 +159,7 @@ def whole_photo(net, high, tags):
 
 
 def under_maps(net, high, tags):
-    """x (P+1,C) and t (P+1,K) of the second: features under the maps of the P tags, and
-    background."""
+    """x (P+1,C), t (P+1,K) of the second: features under the maps of the P tags, background."""
     classes = tags.nonzero()[:, 0]
     M = refine.localization_maps(net.cam(high), classes)  # (1,P,h,w)
     M = torch.cat([M, 1 - M.sum(1, keepdim=True).clamp_max(1)], 1)[0]  # (P+1,h,w)
@@ -185,13 +183,11 @@ def ridge(x, t, strength):
 
 
 def label_image(net, image, tags, cfg, r):
-    """refine.four_stages for one PIL image with tags (K,) in refine r: three maps, one label, B =
-    1.
+    """refine.four_stages of one PIL image with tags (K,) in refine r: three maps, a label, B = 1.
 
     Round 1 locates the classes by the CAM head's scores, later rounds by what the segmentation head
-    has learnt. lo: one for each refine, the last refine takes the last. A head trained on pure
-    labels says background ever more often; from round 2 on lo falls, so that labels stay complete
-    (docs/CHOICES.md).
+    has learnt. What the network is to learn may be undecided between lo and hi; the last refine
+    decides every pixel, in the middle (our choice).
     """
     S, _, Z, mid = net.outputs(image)
     I = data.to_tensor(image)[None].to(mid.device)  # (1,3,H,W)
@@ -201,15 +197,15 @@ def label_image(net, image, tags, cfg, r):
     guide = partial(refine.affinity_guided, strength=cfg.strength[later])
     transfer = partial(refine.self_guided, radius=cfg.radius, eps=cfg.eps)
     three = (locate, guide if cfg.affinity else None, transfer if cfg.self_guided else None)
-    lo = cfg.lo[-1] if r > cfg.rounds else cfg.lo[min(r, len(cfg.lo)) - 1]
+    middle = (cfg.lo + cfg.hi) / 2
+    lo, hi = (middle, middle) if r > cfg.rounds else (cfg.lo, cfg.hi)
     scores = Z if later else S
-    return refine.four_stages(scores, mid, I, classes, three, lo, lo + BAND, FLOOR[later])
+    return refine.four_stages(scores, mid, I, classes, three, lo, hi, FLOOR[later])
 
 
 @torch.no_grad()
 def refine_labels(run, r, annotate=label_image):
-    """The labels of refine r: a palette PNG for each training image. Those that a stopped run
-    has finished are kept."""
+    """The labels of refine r, a palette PNG each; those that a stopped run has made are kept."""
     cfg = run.cfg
     if cfg.supervised or run.epoch > epochs_before(cfg, r):
         return
@@ -264,8 +260,7 @@ def losses(net, x, y, labels):
 
 
 def batches(run, r, epoch):
-    """Loader of this process's part of an epoch's batches. Order and augmentation depend on seed
-    and epoch only."""
+    """This process's part of an epoch's batches; order and crops depend on seed and epoch only."""
     cfg = run.cfg
     ids = range(len(run.voc.ids))
     batch = min(cfg.batch, len(ids))
@@ -291,9 +286,8 @@ def hush(worker):
 
 
 def update(run, r):
-    """One phase of minimising L_cls + L_seg: the warm-up for r = 0 (no labels yet), else
-    `epochs` epochs on the labels of round r. SGD, step n of the phase's N at (1 - n/N)^0.9 of
-    its rate."""
+    """One phase of minimising L_cls + L_seg: the warm-up for r = 0 (no labels yet), else `epochs`
+    epochs on the labels of round r. SGD, step n of the phase's N at (1 - n/N)^0.9 of its rate."""
     cfg = run.cfg
     first = epochs_before(cfg, r)
     end = epochs_before(cfg, r + 1)
@@ -392,7 +386,7 @@ def deliver(run):
     names = run.net.classes
     colours = np.reshape(data.palette_image(np.zeros((1, 1))).getpalette(), (256, 3)).tolist()
     lines = [f"{k} {name} #{bytes(colours[k]).hex()}" for k, name in enumerate(names)]
-    write(run.folder / "classes.txt", "\n".join([*lines, "255 undecided #e0e0c0", ""]))
+    write(run.folder / "classes.txt", "\n".join(lines) + "\n")
     rows = [("photo", "class", "share")]
     for i in track("masks", range(0 if run.cfg.supervised else len(run.voc.ids))):
         name = run.voc.ids[i]
@@ -447,8 +441,7 @@ def panel(run, voc, i, r):
 
 
 def validate(run):
-    """Summary of the segmentation head on val, or None, with a line that says why, without
-    masks."""
+    """Summary of the segmentation head on val; without masks None, and a line that says so."""
     if not run.val or not all(run.val.mask_paths):
         say(f"no validation score: {run.voc.root} has no val.txt or no SegmentationClass for it")
         return None
@@ -468,7 +461,7 @@ def score_stages(run):
     have = [i for i, path in enumerate(run.voc.mask_paths) if path]
     cfg = run.cfg
     K = len(run.voc.classes)
-    t = cfg.lo[0] + BAND / 2
+    t = (cfg.lo + cfg.hi) / 2
     net = SGSeg.load(run.folder / "warmup.pt", cfg.device)
     rounds = [r for r in range(1, cfg.rounds + 2) if run.label_path(have[-1], r).exists()]
     stages = ("train cam", "train affinity", "train self_guided")
@@ -493,8 +486,7 @@ def score_stages(run):
 
 
 def evaluate(run):
-    """Score every stage on train and the segmentation head on val; print a table, write
-    results.json."""
+    """Score every stage on train and the head on val: a table, and results.json."""
     done = run.epoch >= epochs_before(run.cfg, min(2, run.cfg.rounds + 1))
     need(done, f"{run.folder}: has no round behind it; expected one to score; --resume it first")
     run.net.eval()
@@ -524,8 +516,7 @@ def evaluate(run):
 
 @dataclass
 class Run:
-    """What changes while training, and where it is kept; epoch: how many are done, warm-up and
-    all."""
+    """What changes while training, and where it is kept; epoch: how many are done, all told."""
 
     cfg: Config
     voc: data.VOC
@@ -543,8 +534,7 @@ class Run:
         return Path(self.cfg.out)
 
     def save(self):
-        """Write checkpoint.pt, metrics.jsonl, config.json, if this process is the first. Raises
-        InputError; the old ones then stay."""
+        """Checkpoint, metrics, config, by the first process. InputError: the old ones then stay."""
         if processes()[0]:
             return
         model = data.finite(self.net.state_dict(), f"{self.folder}: the network")
@@ -555,8 +545,7 @@ class Run:
         write(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
 
     def log(self, what, **values):
-        """Print a row of numbers; keep it for metrics.jsonl, in place of an earlier one of its
-        kind."""
+        """Print a row of numbers; keep it for metrics.jsonl, in place of an earlier of its kind."""
         row = {"what": what, "epoch": self.epoch, **values}
         kept = [m for m in self.metrics if (m["what"], m["epoch"]) != (what, self.epoch)]
         self.metrics = [*kept, row]
@@ -634,8 +623,7 @@ def begin(cfg, argv, other=None):
 
 
 def announce(run):
-    """Say what a new run has before it, and about how long that takes, if every step and every
-    photo takes as long as the first."""
+    """Say what a new run has before it, and how long that takes, if all goes as the first does."""
     cfg = run.cfg
     number = processes()[1]
     n = len(run.voc.ids)
@@ -707,8 +695,7 @@ def lock(folder):
 
 
 def check(cfg):
-    """cfg with weights and device resolved. Raises InputError where a value cannot work or would
-    fail silently."""
+    """cfg with weights and device resolved. Raises InputError where a value cannot work."""
     imagenet = BACKBONES[cfg.backbone].imagenet if cfg.backbone in BACKBONES else None
     cfg.weights = "none" if cfg.weights == "auto" and imagenet is None else cfg.weights
     cuda = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
@@ -727,7 +714,8 @@ def check(cfg):
     ok["lr"] = (0 < cfg.lr < 1e6, "a positive number")
     ok["strength"] = (all(0 <= x < 1e6 for x in cfg.strength), "two numbers, 0 or more")
     ok["eps"] = (1e-9 <= cfg.eps < 1e6, "1e-9 or more")
-    ok["lo"] = (cfg.lo and all(0 <= x <= 1 - BAND for x in cfg.lo), f"numbers from 0 to {1 - BAND}")
+    ok["lo"] = (0 <= cfg.lo <= cfg.hi, "0 to --hi")
+    ok["hi"] = (cfg.hi <= 1, "--lo to 1")
     ok["favour"] = (abs(cfg.favour) < 1e6, "a number")
     for name, (fine, expected) in ok.items():
         need(fine, f"--{name} {getattr(cfg, name)}: cannot work; expected {expected}; change it")
@@ -735,8 +723,7 @@ def check(cfg):
 
 
 def parse(argv):
-    """Command line -> every other job and its options, and the Config options given; others are
-    absent."""
+    """Command line -> every other job and its options, and the Config options given, no others."""
     layout = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=28)
     parser = argparse.ArgumentParser("train.py", None, __doc__, formatter_class=layout)
 
@@ -759,7 +746,7 @@ def parse(argv):
             if kind is bool:
                 how = {"action": argparse.BooleanOptionalAction}
             if kind is tuple:
-                how = {"type": float, "nargs": "+" if name == "lo" else 2, "metavar": "FLOAT"}
+                how = {"type": float, "nargs": 2, "metavar": "FLOAT"}
             toy = f", toy {TOY[name]}" if name in TOY else ""
             help = f"{text} [{kinds[name].default}{toy}]".replace("%", "%%")
             flag = f"--{name.replace('_', '-')}"
@@ -773,7 +760,7 @@ def parse(argv):
     more = "with --segment, --eval: mean over scales 0.5 to 1.5"
     options.add_argument("--multi-scale", action="store_true", help=more)
     given = vars(parser.parse_args(argv))
-    for name in {"scale", "strength", "lo"} & set(given):
+    for name in {"scale", "strength"} & set(given):
         given[name] = tuple(given[name])
     need("" not in given.values(), "command line: an option is empty; expected a value; give one")
     return given
@@ -824,8 +811,7 @@ def segment_photos(folder, photos, given, soft, scales):
 
 
 def check_results(out, photos):
-    """Refuse no photo, two photos of one name, and photos that lie where results go. Raises
-    InputError."""
+    """Raise InputError: no photo, two of one name, or photos that lie where results go."""
     need(photos, "--segment: no photo in the folder itself; expected some; name their folder")
     names = [Path(photo).stem for photo in photos]
     names += [f"{name}_overlay" for name in names]
@@ -893,8 +879,7 @@ def command(argv):
 
 
 def main(argv=None):
-    """Run the command line; returns 0, 2 after bad input, 130 after Ctrl-C, with a line on
-    stderr."""
+    """Run the command line; returns 0, 2 after bad input, 130 after Ctrl-C; faults on stderr."""
     try:
         command(sys.argv[1:] if argv is None else argv)
         return 0
@@ -915,8 +900,7 @@ def main(argv=None):
 
 
 def stop(*_):
-    """Ctrl-C is a kill with a line: what is saved is whole. (torch's destructors would swallow an
-    exception.)"""
+    """Ctrl-C is a kill with a line; torch's destructors would swallow an exception."""
     say(STOPPED, stream=sys.stderr)
     os._exit(130)
 

@@ -203,7 +203,7 @@ def quality(net, cfg, voc, count):
     usable = [i for i in range(len(voc.ids)) if voc.mask_paths[i] and voc.tags[i].any()]
     need(usable, f"{voc.root}: no training photo with a mask and a tag; expected some; add masks")
     picked = np.random.default_rng(2).permutation(usable)[:count]
-    fixed = cfg.lo[0] + train.BAND / 2
+    fixed = (cfg.lo + cfg.hi) / 2
     grid = sorted([*GRID, fixed])
     total = {}
     for i in data.track("refinement", picked):
