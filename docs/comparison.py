@@ -1,12 +1,12 @@
 """Under the same setting, the table of docs/RESULTS.md: python docs/comparison.py METHOD VOC OUT
 
 The same network, weights, photos, steps and scoring as `python train.py --voc VOC`; only what
-makes the labels differs. METHOD is a name of METHODS below. All start from the
-CAM head in round 1 and from the segmentation head afterwards, as ours. Each cuts at a threshold
-of its own, chosen anew at every refine by the same procedure, ours included: the t of GRID where
-the mIoU of its labels is highest on 60 training photos whose masks are opened for that; pixels
-within half of hi - lo of t are undecided, but in the last refine, as in ours. With --from RUN the warm-up is RUN's;
-a stopped run goes on with --resume. Dense CRF: pip install pydensecrf2.
+makes the labels differs. METHOD is a name of METHODS below. All start from the CAM head in round 1
+and from the segmentation head afterwards, as ours. Each cuts at a threshold of its own, chosen
+anew at every refine by the same procedure, ours included: the t of GRID where the mIoU of its
+labels is highest on 60 training photos whose masks are opened for that; pixels within half of
+hi - lo of t are undecided, but in the last refine, as in ours. With --from RUN the warm-up is
+RUN's; a stopped run goes on with --resume. Dense CRF: pip install pydensecrf2.
 
 Every method is written anew from its paper; a function of refine.py's shape where it refines
 maps, or one that cuts them.
@@ -95,7 +95,7 @@ def prepared(method, net, image, tags, cfg, r):
         tagged = Z[:, [0, *(k + 1 for k in classes)]] if later else tagged
         return refine.up(tagged, I.shape[-2:]), classes
     guide = guide and partial(guide, strength=cfg.strength[later])
-    locate = refine.head_maps if later else refine.localization_maps
+    locate = partial(refine.head_maps, scores=S) if later else refine.localization_maps
     scores = Z if later else S
     stages = (locate, guide, transfer)
     maps = refine.four_stages(scores, mid, I, classes, stages, floor=train.FLOOR[later])[2]
