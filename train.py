@@ -73,7 +73,7 @@ class Config:
     radius: int = refine.RADIUS  # window radius of the guided filter, stride-8 cells (tuned)
     eps: float = refine.EPS  # eps of the guided filter (tuned)
     lo: float = refine.LO  # background where every map stays below it (tuned)
-    hi: float = refine.HI  # a class where its map gets this far; the last refine: the mean of both
+    hi: float = refine.HI  # a class where its map gets this far (tuned); last refine: the middle
     favour: float = 0.75  # objects' head start in logits when segmenting (tuned)
     supervised: bool = False  # train on the true masks: the upper bound, for measuring only
     # machine
