@@ -1730,7 +1730,7 @@ def test_scores_of_a_run_by_hand(finished, toy):
             M = train.label_image(net, image, voc.tags[i], cfg, 1)[stage]
             best, p = F.interpolate(M, (97, 97), mode="bilinear", align_corners=True)[0].max(0)
             k = voc.tags[i].nonzero()[:, 0][p] + 1
-            cases[name].append(torch.where(best >= 0.35 + 0.15 / 2, k, 0).numpy())
+            cases[name].append(torch.where(best >= (0.3 + 0.6) / 2, k, 0).numpy())
     val = VOC(toy, "val")
     cases["val seg"] = [SGSeg.load(finished).segment(path) for path in val.image_paths]
     for name, labels in cases.items():
