@@ -47,25 +47,19 @@ def localization_maps(scores, classes, floor=1e-5):
     return stretched(scores.relu()[:, classes], floor)
 
 
-def head_maps(logits, classes, scores=None, soften=2.0, missed=0.15):
+def head_maps(logits, classes, soften=2.0):
     """Stage 1 of later rounds. M_k = softmax(Z / soften)_k over background and tagged classes: the
     segmentation head now knows more than the CAM head. Softened: it is over-sure of what it learnt.
-    A tag that it misses, max M_k < missed, is located by its CAM scores instead, if they are
-    given: a class of few photos would fade otherwise, as each round learns from the last one.
 
-    logits (B,K+1,h,w), Z, background first; classes (P,); scores (B,K,h2,w2), S, or None. Returns
-    (B,P,h,w) in [0,1]. Our choice (soften, missed: tuned). ValueError as `localization_maps`.
+    logits (B,K+1,h,w), Z, background first; classes (P,). Returns (B,P,h,w) in [0,1]. Our choice
+    (soften: tuned). ValueError as `localization_maps`.
 
     >>> head_maps(torch.tensor([0., 9., 0.]).view(1, 3, 1, 1), [1]).item()      # class 0: no tag
     0.5
     """
     check_indices(classes, logits.shape[1] - 1)
     tagged = [0, *(int(k) + 1 for k in classes)]
-    M = (logits[:, tagged] / soften).softmax(1)[:, 1:]  # (B,P,h,w)
-    if scores is None:
-        return M
-    cam = localization_maps(up(scores, M.shape[-2:]), classes)  # (B,P,h,w)
-    return torch.where(M.amax((2, 3), keepdim=True) < missed, cam, M)
+    return (logits[:, tagged] / soften).softmax(1)[:, 1:]
 
 
 def stretched(maps, floor):

@@ -186,14 +186,14 @@ def label_image(net, image, tags, cfg, r):
     """refine.four_stages of one PIL image with tags (K,) in refine r: three maps, a label, B = 1.
 
     Round 1 locates the classes by the CAM head's scores, later rounds by what the segmentation head
-    has learnt of them, if it has. What the network is to learn may be undecided between lo and hi;
-    the last refine decides every pixel, in the middle (our choice).
+    has learnt. What the network is to learn may be undecided between lo and hi; the last refine
+    decides every pixel, in the middle (our choice).
     """
     S, _, Z, mid = net.outputs(image)
     I = data.to_tensor(image)[None].to(mid.device)  # (1,3,H,W)
     classes = tags.nonzero()[:, 0].tolist()  # the P tagged ones
     later = int(r > 1)
-    locate = partial(refine.head_maps, scores=S) if later else refine.localization_maps
+    locate = refine.head_maps if later else refine.localization_maps
     guide = partial(refine.affinity_guided, strength=cfg.strength[later])
     transfer = partial(refine.self_guided, radius=cfg.radius, eps=cfg.eps)
     three = (locate, guide if cfg.affinity else None, transfer if cfg.self_guided else None)

@@ -95,7 +95,7 @@ def prepared(method, net, image, tags, cfg, r):
         tagged = Z[:, [0, *(k + 1 for k in classes)]] if later else tagged
         return refine.up(tagged, I.shape[-2:]), classes
     guide = guide and partial(guide, strength=cfg.strength[later])
-    locate = partial(refine.head_maps, scores=S) if later else refine.localization_maps
+    locate = refine.head_maps if later else refine.localization_maps
     scores = Z if later else S
     stages = (locate, guide, transfer)
     maps = refine.four_stages(scores, mid, I, classes, stages, floor=train.FLOOR[later])[2]
