@@ -160,7 +160,7 @@ def worst(folder, config, names, most=10):
 def report(folder):
     """The page of a run, as text. Raises InputError."""
     results, metrics = read_run(folder)
-    lines = read_text(folder / "classes.txt").splitlines()[:-1]  # index, name, colour
+    lines = read_text(folder / "classes.txt").splitlines()  # index, name, colour
     names = [" ".join(line.split(" ")[1:-1]) for line in lines]
     about = json.loads(read_text(folder / "config.json"))
     update = [row for row in metrics if row["what"] == "update"]
