@@ -2335,6 +2335,7 @@ def test_bad_masks_are_named(case, kit):
         (["--lo", "nan"], "--lo"),
         (["--lo"], "--lo"),
         (["--hi", "1.1"], "--hi"),
+        (["--hi", "nan"], "--hi"),
         (["--radius", "-1"], "--radius"),
         (["--crop", "100"], "--crop"),
         (["--eps", "0"], "--eps"),

@@ -714,8 +714,8 @@ def check(cfg):
     ok["lr"] = (0 < cfg.lr < 1e6, "a positive number")
     ok["strength"] = (all(0 <= x < 1e6 for x in cfg.strength), "two numbers, 0 or more")
     ok["eps"] = (1e-9 <= cfg.eps < 1e6, "1e-9 or more")
+    ok["hi"] = (0 <= cfg.hi <= 1, "--lo to 1")
     ok["lo"] = (0 <= cfg.lo <= cfg.hi, "0 to --hi")
-    ok["hi"] = (cfg.hi <= 1, "--lo to 1")
     ok["favour"] = (abs(cfg.favour) < 1e6, "a number")
     for name, (fine, expected) in ok.items():
         need(fine, f"--{name} {getattr(cfg, name)}: cannot work; expected {expected}; change it")

@@ -28,7 +28,7 @@ import refinement
 import train
 from data import InputError, need
 
-GRID = [t / 100 for t in range(10, 75, 5)]  # of t; a method of another kind reads it its own way
+GRID = [t / 100 for t in range(15, 75, 5)]  # of t, from half the band on; EM reads it its own way
 TUNING = 60  # photos that choose t
 
 
@@ -130,7 +130,7 @@ def annotator(method, run):
         maps, classes = prepared(method, net, image, tags, cfg, r)
         half = (cfg.hi - cfg.lo) / 2 * (r <= cfg.rounds)  # of the band; none in the last refine
         lo = max(0.0, chosen[r] - half)
-        label = METHODS[method][2](maps, classes, image, lo, lo + 2 * half)
+        label = METHODS[method][2](maps, classes, image, lo, chosen[r] + half)
         return (torch.from_numpy(label)[None],)
 
     return annotate
