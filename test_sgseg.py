@@ -3081,6 +3081,16 @@ def test_the_built_in_toy_set_moves_with_its_run(tmp_path, monkeypatch, capsys):
     assert differing(before, product(tmp_path / "moved")) == []
 
 
+def test_em_gives_every_tag_and_the_background_its_share(monkeypatch):
+    """t = 0.4: a tag that loses everywhere leads on 0.2 of the pixels, where it loses least."""
+    monkeypatch.syspath_prepend(str(HERE / "docs"))
+    em = runpy.run_path(str(HERE / "docs" / "comparison.py"))["em"]
+    scores = torch.stack([torch.full((10,), 5.0), torch.arange(10.0) - 9]).view(1, 2, 1, 10)
+    assert em(scores, [6], None, 0.25, 0.55).tolist() == [[0] * 8 + [7] * 2]
+    scores[0, 1] += 99  # leads everywhere: the background gets back 0.4
+    assert em(scores, [6], None, 0.25, 0.55).tolist() == [[0] * 4 + [7] * 6]
+
+
 def test_docs_scripts_run(learnt, toy, tmp_path):
     photo = f"{toy / JPG}=disc,cross"
     scripts = (
