@@ -2720,6 +2720,13 @@ def test_segment_takes_folders_and_goes_on_after_a_bad_photo(copied, toy, tmp_pa
     assert {row[0] for row in rows[1:]} == {str(folder / "a.jpg"), str(folder / "c.jpg")}
 
 
+def test_segment_is_refused_under_torchrun(copied, toy, monkeypatch, capsys):
+    monkeypatch.setattr(train, "processes", lambda: (1, 2))
+    assert train.main(["--out", str(copied), "--segment", str(toy / JPG)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "leave torchrun out" in said
+
+
 def test_segment_a_list_as_the_server_wants_it(copied, toy):
     listed = toy / "ImageSets/Segmentation/val.txt"
     assert train.main(["--out", str(copied), "--segment", str(listed)]) == 0

@@ -773,6 +773,7 @@ def segment_photos(folder, photos, given, soft, scales):
     ImageSets/Segmentation/test.txt, ID.png alone goes where VOC's server wants it."""
     other = " ".join(f"--{name}" for name in set(given) - {"out", "device", "favour"})
     need(not other, f"{other}: of no effect with --segment; expected none; leave it out")
+    need(processes()[1] == 1, "--segment: several processes; expected one; leave torchrun out")
     listed = photos[0].endswith(".txt") and not soft
     fine = listed == any(photo.endswith(".txt") for photo in photos)
     need(fine, "--segment: a list goes alone, without --soft; expected lists or photos; part them")
