@@ -6,6 +6,7 @@ no formula of the paper is in this repository: every one below is our choice, it
 
     up                  the scores S to the grid of F_mid
     1 localization_maps M_k = relu(S_k) / max relu(S_k)             high-level features: where
+                        (or min(1, relu(S_k)), where S was fitted to 0 and 1)
     2 affinity_guided   M <- (M0 + lambda T M) / (1 + lambda)       intermediate: alike together
       stretched         M_k <- M_k / max(max M_k, floor)            (the walk lowers peaks)
     3 self_guided       q_i = up(mean(a))_i . I_i + up(mean(b))_i   the image's own structure
@@ -27,24 +28,28 @@ STEPS = 40  # of the walk (tuned)
 TEMPERATURE = 0.1  # of the affinity exp(cos / temperature) (tuned)
 DILATIONS = (1, 3, 6, 12, 24)  # 40 neighbours, near and far (our choice, after PAMR)
 DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
+FLOOR = 0.3  # after the walk a map is stretched by at most 1 / FLOOR (tuned)
 RADIUS = 6  # of the guided filter's windows, in cells of the maps' grid (tuned)
 EPS = 1e-5  # of the guided filter (tuned)
 
 
-def localization_maps(scores, classes, floor=1e-5):
-    """Stage 1. M_k = relu(S_k) / max(max_ij relu(S_k), floor) for the tagged k: roughly where.
+def localization_maps(scores, classes, unit=None):
+    """Stage 1. M_k = min(1, relu(S_k) / unit) for the tagged k: roughly where.
 
-    scores (B,K,h,w) float32, the CAM scores S; classes (P,) the indices of the tagged ones. Returns
-    (B,P,h,w) in [0,1], 0 where nothing is positive. Source: abstract, sentence 5; class activation
-    mapping, Zhou et al. 2016, with the usual relu and division by the maximum. Raises ValueError
-    where classes are no different indices from 0 to K-1, such as tags y.
+    scores (B,K,h,w) float32, the CAM scores S; classes (P,) the indices of the tagged ones. unit:
+    the score that counts as 1, where scores have a scale of their own (regression on 0 and 1: 1);
+    None: the maximum of each map. Returns (B,P,h,w) in [0,1], 0 where nothing is positive. Source:
+    abstract, sentence 5; class activation mapping, Zhou et al. 2016, with the usual relu and
+    division by the maximum; `unit` is our choice. Raises ValueError where classes are no different
+    indices from 0 to K-1, such as tags y.
 
     >>> localization_maps(torch.tensor([[[[9., 9.], [9., 9.]], [[2., 4.], [-1., 1.]]]]), [1])
     tensor([[[[0.5000, 1.0000],
               [0.0000, 0.2500]]]])
     """
     check_indices(classes, scores.shape[1])
-    return stretched(scores.relu()[:, classes], floor)
+    M = scores.relu()[:, classes]  # (B,P,h,w)
+    return stretched(M, 1e-5) if unit is None else (M / unit).clamp_max(1)
 
 
 def head_maps(logits, classes, soften=2.0):
@@ -216,7 +221,7 @@ def pseudo_labels(maps, classes, lo=LO, hi=HI):
 STAGES = (localization_maps, affinity_guided, self_guided)
 
 
-def four_stages(scores, features, image, classes, stages=STAGES, lo=LO, hi=HI, floor=1e-5):
+def four_stages(scores, features, image, classes, stages=STAGES, lo=LO, hi=HI, floor=FLOOR):
     """What a network says of an image becomes its dense pseudo label: the four stages in a row.
 
     scores (B,K,h,w), the CAM scores S; features (B,C,h2,w2), F_mid; image (B,3,H,W) in [0,1];

@@ -274,7 +274,10 @@ def test_localization_maps_by_hand():
     assert M.shape == (1, 2, 2, 2)  # class 1 has no tag
     assert not M[0, 0].any()  # nothing is positive
     assert torch.equal(M[0, 1], torch.tensor([[0.5, 1.0], [0.0, 0.25]]))
-    assert torch.equal(refine.localization_maps(S, [0], floor=8.0), M[:, 1:] / 2)
+    assert torch.equal(refine.localization_maps(S, [0], unit=8.0), M[:, 1:] / 2)
+    cut = refine.localization_maps(S, [2, 0, 1], unit=1.0)
+    assert torch.equal(cut[0, 1], torch.tensor([[1.0, 1.0], [0.0, 1.0]]))  # 2 and 4 count as 1
+    assert not cut[0, 0].any() and torch.equal(cut[0, 2], torch.ones(2, 2))
 
 
 def test_head_maps_by_hand():
@@ -633,7 +636,7 @@ def test_four_stages_are_the_stages_in_a_row():
     located, guided, refined, label = refine.four_stages(S, f, I, classes)
     M = refine.localization_maps(refine.up(S, (9, 7)), classes)
     assert torch.equal(located, M)
-    M = refine.stretched(refine.affinity_guided(M, f), 1e-5)
+    M = refine.stretched(refine.affinity_guided(M, f), refine.FLOOR)
     assert torch.equal(guided, M)
     M = refine.self_guided(M, I)
     assert torch.equal(refined, M)
@@ -693,18 +696,26 @@ def test_four_stages_are_what_the_trainer_does(toy):
     assert (cfg["radius"], cfg["eps"]) == (refine.RADIUS, refine.EPS)
     net = SGSeg(NAMES, "tiny", size=97).eval()
     image = read_image(toy / JPG)
+    net.cam.weight.data *= 2 / net.outputs(image)[0].amax()  # some scores above 1
     S, _, Z, mid = net.outputs(image)
     I = data.to_tensor(image)[None]
     tags = torch.tensor([0.0, 1.0, 0.0, 1.0])
-    trained = train.label_image(net, image, tags, train.Config(), 1)
+    trained = train.label_image(net, image, tags, train.Config(weights="none"), 1)
     plain = refine.four_stages(S, mid, I, [1, 3])
     for a, b in zip(trained, plain):
         assert torch.equal(a, b)
+    fitted = (partial(refine.localization_maps, unit=1.0), *refine.STAGES[1:])
+    for more, stages in (({}, fitted), ({"warmup": 4}, refine.STAGES)):  # descent has no unit
+        trained = train.label_image(net, image, tags, train.Config(**more), 1)
+        plain = refine.four_stages(S, mid, I, [1, 3], stages)
+        for a, b in zip(trained, plain):
+            assert torch.equal(a, b)
     walk = partial(refine.affinity_guided, strength=10.0)
     later = (refine.head_maps, walk, refine.self_guided)
-    for r, lo in ((2, 0.45), (3, 0.40), (4, 0.35)):
+    for r, lo, hi in ((2, 0.30, 0.60), (3, 0.30, 0.60), (4, 0.45, 0.45)):
         trained = train.label_image(net, image, tags, train.Config(), r)
-        plain = refine.four_stages(Z, mid, I, [1, 3], later, lo, lo + 0.15, 0.3)
+        plain = refine.four_stages(Z, mid, I, [1, 3], later, lo, hi)
+        assert len(plain[-1].unique()) > 1  # some of both
         for a, b in zip(trained, plain):
             assert torch.equal(a, b)
 

@@ -86,7 +86,6 @@ class Config:
 TOY = {"backbone": "tiny", "warmup": 15, "rounds": 2, "lr": 0.1, "crop": 97, "size": 97}
 TOY |= {"scale": (0.75, 1.25), "strength": (5.0, 5.0), "radius": 2, "eps": 1e-3}
 TOY |= {"lo": 0.45, "hi": 0.6, "favour": 0.0}
-FLOOR = (1e-5, 0.3)  # a map is stretched by at most 1 / floor: round 1, later rounds (tuned)
 MOMENTUM = 0.9  # of SGD (DeepLab)
 WEIGHT_DECAY = 1e-4  # of SGD (our choice)
 STOPPED = "sgseg: stopped; --resume goes on, repeating at most one epoch"
@@ -193,14 +192,15 @@ def label_image(net, image, tags, cfg, r):
     I = data.to_tensor(image)[None].to(mid.device)  # (1,3,H,W)
     classes = tags.nonzero()[:, 0].tolist()  # the P tagged ones
     later = int(r > 1)
-    locate = refine.head_maps if later else refine.localization_maps
+    unit = 1.0 if cfg.weights != "none" and not cfg.warmup else None  # of a regression on 0 and 1
+    locate = refine.head_maps if later else partial(refine.localization_maps, unit=unit)
     guide = partial(refine.affinity_guided, strength=cfg.strength[later])
     transfer = partial(refine.self_guided, radius=cfg.radius, eps=cfg.eps)
     three = (locate, guide if cfg.affinity else None, transfer if cfg.self_guided else None)
     middle = (cfg.lo + cfg.hi) / 2
     lo, hi = (middle, middle) if r > cfg.rounds else (cfg.lo, cfg.hi)
     scores = Z if later else S
-    return refine.four_stages(scores, mid, I, classes, three, lo, hi, FLOOR[later])
+    return refine.four_stages(scores, mid, I, classes, three, lo, hi)
 
 
 @torch.no_grad()

@@ -141,14 +141,13 @@ def timed(f, *args, **options):
     return result, 1000 * (time.perf_counter() - start)
 
 
-def refined(net, cfg, image, classes):
+def refined(net, cfg, image, tags):
     """{name: (maps (P,H,W) at full resolution, milliseconds)} of one image."""
     size = image.size[::-1]
     I = data.to_tensor(image)[None]  # (1,3,H,W)
-    S, _, _, mid = net.outputs(image)
-    raw = refine.localization_maps(refine.up(S, mid.shape[-2:]), classes)  # (1,P,h,w)
-    walk, ms = timed(refine.affinity_guided, raw, mid, strength=cfg.strength[0])
-    walk = refine.stretched(walk, train.FLOOR[0])
+    raw, walk, *_ = train.label_image(net, image, tags, cfg, 1)  # (1,P,h,w)
+    mid = net.outputs(image)[3]
+    _, ms = timed(refine.affinity_guided, raw, mid, strength=cfg.strength[0])
     raw_full = refine.up(raw, size)  # (1,P,H,W)
     walk_full = refine.up(walk, size)
     ours, ours_ms = timed(refine.self_guided, walk, I, cfg.radius, cfg.eps)
@@ -186,7 +185,7 @@ def scores(net, cfg, voc, i, grid):
     targets = (target, trimap(target))
     classes = voc.tags[i].nonzero()[:, 0].tolist()
     found = {}
-    maps = refined(net, cfg, image, classes)
+    maps = refined(net, cfg, image, voc.tags[i])
     for name, (M, ms) in maps.items():
         C, band = (confusions(seen, M, classes, K, grid) for seen in targets)
         found[name] = (C, band, ms)
