@@ -37,7 +37,7 @@ def localization_maps(scores, classes, unit=None):
     """Stage 1. M_k = min(1, relu(S_k) / unit) for the tagged k: roughly where.
 
     scores (B,K,h,w) float32, the CAM scores S; classes (P,) the indices of the tagged ones. unit:
-    the score that counts as 1, where scores have a scale of their own (regression on 0 and 1: 1);
+    the score that counts as 1, where scores have a scale of their own (that of `fit_cam`: 1);
     None: the maximum of each map. Returns (B,P,h,w) in [0,1], 0 where nothing is positive. Source:
     abstract, sentence 5; class activation mapping, Zhou et al. 2016, with the usual relu and
     division by the maximum; `unit` is our choice. Raises ValueError where classes are no different

@@ -2897,6 +2897,14 @@ def test_the_fit_is_made_once_and_only_on_imagenet_weights(toy, tmp_path):
     s = x @ train.ridge(x, tags, 1.0).T
     gap = (s * tags).sum(0) / tags.sum(0) - (s * (1 - tags)).sum(0) / (1 - tags).sum(0)
     assert (gap > 0).all()  # tagged photos score higher, for every class
+    with torch.no_grad():
+        run.net.cam.weight[:, :, 0, 0] = train.ridge(x, tags, 1.0)
+        pairs = [train.under_maps(run.net, F_high, y) for F_high, y in zip(high, tags)]
+    x, t = map(torch.cat, zip(*pairs))
+    said = x @ before.detach()[:, :, 0, 0].T
+    assert said[t == 1].mean() == pytest.approx(0.5, abs=1e-3)
+    w = train.ridge(x, t, 10.0)
+    assert torch.allclose(before[:, :, 0, 0] / before.norm(), w / w.norm(), atol=1e-4)
 
 
 def test_the_four_stages_of_a_photo_without_training(tmp_path, capsys):

@@ -133,8 +133,9 @@ def fit_cam(run):
     so that sky, which also lies behind birds, is pulled to 0 instead of to aeroplane. No layer is
     trained, which would unlearn what ImageNet knows of 1000 classes. The constant, mean t - <w,
     mean x>, is dropped, as the head has no bias: s ranks photos, and L_cls makes it a logit during
-    the rounds. Our choice, measured in docs/CHOICES.md. Left out without ImageNet weights, and
-    where a resumed run has it behind it.
+    the rounds. Ridge also shrinks w, the more the fewer photos: one factor for all classes makes
+    <w_k, x_k> 1/2 on the mean where t is 1. Our choice, measured in docs/CHOICES.md. Left out
+    without ImageNet weights, and where a resumed run has it behind it.
     """
     behind = any(m["what"] in ("fit", "from") for m in run.metrics)
     if run.cfg.weights == "none" or behind:
@@ -147,7 +148,9 @@ def fit_cam(run):
             seen[i] = [a.cpu() for a in sees(net, high, run.voc.tags[i].to(high))]
         seen = {i: pair for part in everyone(seen) for i, pair in part.items()}
         x, t = map(torch.cat, zip(*(seen[i] for i in sorted(seen))))
-        net.cam.weight[:, :, 0, 0] = ridge(x, t, strength).to(net.cam.weight)
+        w = ridge(x, t, strength)
+        said = (t * (x @ w.T)).sum() / t.sum().clamp_min(1)  # where t is 1, on the mean
+        net.cam.weight[:, :, 0, 0] = (w / (2 * said).clamp_min(1e-4)).to(net.cam.weight)
     run.log("fit", round=0)
     run.save()
 
@@ -192,7 +195,7 @@ def label_image(net, image, tags, cfg, r):
     I = data.to_tensor(image)[None].to(mid.device)  # (1,3,H,W)
     classes = tags.nonzero()[:, 0].tolist()  # the P tagged ones
     later = int(r > 1)
-    unit = 1.0 if cfg.weights != "none" and not cfg.warmup else None  # of a regression on 0 and 1
+    unit = 1.0 if cfg.weights != "none" and not cfg.warmup else None  # the scale of `fit_cam`
     locate = refine.head_maps if later else partial(refine.localization_maps, unit=unit)
     guide = partial(refine.affinity_guided, strength=cfg.strength[later])
     transfer = partial(refine.self_guided, radius=cfg.radius, eps=cfg.eps)
