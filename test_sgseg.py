@@ -2891,6 +2891,7 @@ def test_the_fit_is_made_once_and_only_on_imagenet_weights(toy, tmp_path):
     before = run.net.cam.weight.clone()
     train.fit_cam(run)
     assert torch.equal(before, run.net.cam.weight) and before.abs().sum() > 0
+    run.net.eval()
     tags = run.voc.tags
     high = [run.net.features(read_image(path))[2] for path in run.voc.image_paths]
     x = torch.cat([F_high.mean((2, 3)) for F_high in high])
