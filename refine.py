@@ -2,11 +2,11 @@
 
 Ke & Hsu (2018), abstract, sentences 5 to 8, name the stages and what each looks at. No number and
 no formula of the paper is in this repository: every one below is our choice, its source beside it
-("tuned": on our VOC subset's training masks, then frozen). `four_stages` is these steps in a row:
+("tuned": on our VOC subsets' training masks, then frozen). `four_stages` is these steps in a row:
 
     up                  the scores S to the grid of F_mid
     1 localization_maps M_k = relu(S_k) / max relu(S_k)             high-level features: where
-                        (or min(1, relu(S_k)), where S was fitted to 0 and 1)
+                        (or min(1, relu(S_k)), in the scale of fit_cam)
     2 affinity_guided   M <- (M0 + lambda T M) / (1 + lambda)       intermediate: alike together
       stretched         M_k <- M_k / max(max M_k, floor)            (the walk lowers peaks)
     3 self_guided       q_i = up(mean(a))_i . I_i + up(mean(b))_i   the image's own structure
@@ -41,13 +41,15 @@ def localization_maps(scores, classes, unit=None):
     None: the maximum of each map. Returns (B,P,h,w) in [0,1], 0 where nothing is positive. Source:
     abstract, sentence 5; class activation mapping, Zhou et al. 2016, with the usual relu and
     division by the maximum; `unit` is our choice. Raises ValueError where classes are no different
-    indices from 0 to K-1, such as tags y.
+    indices from 0 to K-1, such as tags y, or unit is not positive.
 
     >>> localization_maps(torch.tensor([[[[9., 9.], [9., 9.]], [[2., 4.], [-1., 1.]]]]), [1])
     tensor([[[[0.5000, 1.0000],
               [0.0000, 0.2500]]]])
     """
     check_indices(classes, scores.shape[1])
+    if unit is not None and not unit > 0:
+        raise ValueError(f"want unit > 0, got {unit}")
     M = scores.relu()[:, classes]  # (B,P,h,w)
     return stretched(M, 1e-5) if unit is None else (M / unit).clamp_max(1)
 

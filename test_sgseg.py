@@ -278,6 +278,9 @@ def test_localization_maps_by_hand():
     cut = refine.localization_maps(S, [2, 0, 1], unit=1.0)
     assert torch.equal(cut[0, 1], torch.tensor([[1.0, 1.0], [0.0, 1.0]]))  # 2 and 4 count as 1
     assert not cut[0, 0].any() and torch.equal(cut[0, 2], torch.ones(2, 2))
+    for unit in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="unit > 0"):
+            refine.localization_maps(S, [0], unit)
 
 
 def test_head_maps_by_hand():
@@ -3116,6 +3119,28 @@ def test_em_gives_every_tag_and_the_background_its_share(monkeypatch):
     assert em(scores, [6], None, 0.25, 0.55).tolist() == [[0] * 8 + [7] * 2]
     scores[0, 1] += 99  # leads everywhere: the background gets back 0.4
     assert em(scores, [6], None, 0.25, 0.55).tolist() == [[0] * 4 + [7] * 6]
+
+
+def test_methods_that_are_compared_share_the_trainers_stages(toy, monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "docs"))
+    prepared = runpy.run_path(str(HERE / "docs" / "comparison.py"))["prepared"]
+    net = SGSeg(NAMES, "tiny", size=97).eval()
+    image = read_image(toy / JPG)
+    tags = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    cfg = train.Config(weights="none")
+    for r in (1, 2):
+        located, guided, refined, _ = train.label_image(net, image, tags, cfg, r)
+        raw, classes = prepared("raw", net, image, tags, cfg, r)
+        assert classes == [1, 3] and raw.shape == (1, 2, 97, 97)
+        want = refine.up(refine.stretched(located, refine.FLOOR), (97, 97))
+        assert torch.equal(raw, want)
+        assert torch.equal(prepared("ours", net, image, tags, cfg, r)[0], refined)
+        assert torch.equal(
+            prepared("affinity+crf", net, image, tags, cfg, r)[0], refine.up(guided, (97, 97))
+        )
+        pamr = prepared("affinity+pamr", net, image, tags, cfg, r)[0]
+        assert pamr.shape == raw.shape and not torch.equal(pamr, refined)
+        assert pamr.min() >= 0 and pamr.max() <= 1.001
 
 
 def test_docs_scripts_run(learnt, toy, tmp_path):
