@@ -11,6 +11,7 @@ line.
 import csv
 import hashlib
 import io
+import math
 import os
 import re
 import shutil
@@ -99,7 +100,8 @@ def load(path):
 def finite(state, source):
     """A state dict as it is, if all its numbers are finite. Raises InputError."""
     for name, value in state.items():
-        need(value.isfinite().all(), f"{source}: {name} is not finite; expected numbers; mend it")
+        total = value.sum(dtype=torch.float64)  # ten times as fast as asking every number
+        need(math.isfinite(total), f"{source}: {name} is not finite; expected numbers; mend it")
     return state
 
 
