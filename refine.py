@@ -29,7 +29,7 @@ TEMPERATURE = 0.1  # of the affinity exp(cos / temperature) (tuned)
 DILATIONS = (1, 3, 6, 12, 24)  # 40 neighbours, near and far (our choice, after PAMR)
 DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 FLOOR = 0.3  # after the walk a map is stretched by at most 1 / FLOOR (tuned)
-RADIUS = 6  # of the guided filter's windows, in cells of the maps' grid (tuned)
+RADIUS = 3  # of the guided filter's windows, in cells of the maps' grid (tuned)
 EPS = 1e-5  # of the guided filter (tuned)
 
 
