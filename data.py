@@ -239,20 +239,19 @@ def read_list(path):
     return list(dict.fromkeys(ids))
 
 
-def read_classes(path):
-    """The class names in classes.txt, one a line, no background. Raises InputError."""
-    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    return check_classes(names, path)
-
-
-def check_classes(names, path):
-    """names, if they can be classes. Raises InputError."""
+def read_classes(root, usual):
+    """The class names in ROOT/classes.txt, one a line, no background; without it the usual ones.
+    Raises InputError."""
+    path = root / "classes.txt"
+    names = usual
+    if path.exists():
+        names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     different = 0 < len(set(names)) == len(names) < 255
     need(different, f"{path}: {len(names)} names; expected 1 to 254 different ones; mend it")
     for name in names:
         plain = re.sub("[^a-z]", "", name.lower())
         taken = plain in ("background", "ignore", "void", "unlabeled", "undecided")
-        fault = f"{path}: lists {name}; 0 is the background by itself, 255 undecided"
+        fault = f"{root}: class {name}; 0 is the background by itself, 255 undecided"
         need(not taken, f"{fault}; remove or rename it")
     return names
 
@@ -284,8 +283,7 @@ class VOC:
         need(self.root, f"{path}: {wrong}; {fix}")
         self.split = split
         self.tags = None
-        names = self.root / "classes.txt"
-        self.classes = read_classes(names) if names.exists() else list(VOC_CLASSES)
+        self.classes = read_classes(self.root, VOC_CLASSES)
         aug = split == "train" and self.has("train_aug")
         self.ids = read_list(self._list("train_aug" if aug else split))
         photos = pictures_in(self.root / "JPEGImages")
@@ -379,11 +377,10 @@ class Photos(VOC):
         self.tags = None
         self.image_paths = list(found)
         self.found_tags = list(found.values())
-        names = self.root / "classes.txt"
         tags = set().union(*self.found_tags)
-        self.classes = read_classes(names) if names.exists() else check_classes(sorted(tags), path)
+        self.classes = read_classes(self.root, sorted(tags))
         unknown = " ".join(sorted(tags - set(self.classes)))
-        need(not unknown, f"{names}: does not list {unknown}; expected every tag; add it")
+        need(not unknown, f"{self.root}/classes.txt: does not list {unknown}; expected all; add it")
         self.ids = [str(p.relative_to(self.root).with_suffix("")) for p in self.image_paths]
         twice = " ".join(repeated(self.ids)[:3])
         need(not twice, f"{path}: two photos that differ only in their ending: {twice}; rename one")
