@@ -282,23 +282,17 @@ class VOC:
         fix = "expected ImageSets/Segmentation in it or in its VOC2012; correct --voc"
         need(self.root, f"{path}: {wrong}; {fix}")
         self.split = split
-        self.tags = None
         self.classes = read_classes(self.root, VOC_CLASSES)
-        aug = split == "train" and self.has("train_aug")
-        self.ids = read_list(self._list("train_aug" if aug else split))
-        photos = pictures_in(self.root / "JPEGImages")
-        missing = self.root / "JPEGImages"
-        self.image_paths = [photos.get(name, missing / f"{name}.jpg") for name in self.ids]
+        listed = "train_aug" if split == "train" and self.has("train_aug") else split
+        self.image_paths = photos_of(self.root / f"ImageSets/Segmentation/{listed}.txt")
+        self.ids = [path.stem for path in self.image_paths]
         masks = pictures_in(self.root / "SegmentationClass")
         masks |= pictures_in(self.root / "SegmentationClassAug")
         self.mask_paths = [masks.get(name) for name in self.ids]
 
-    def _list(self, split):
-        return self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
-
     def has(self, split):
         """Whether the devkit lists a split."""
-        return self._list(split).exists()
+        return (self.root / f"ImageSets/Segmentation/{split}.txt").exists()
 
     def identity(self):
         """What a run that goes on must find as it was: classes, ids and tags."""
@@ -374,7 +368,6 @@ class Photos(VOC):
         tagged = any(found.values())
         need(tagged, f"{path}: no tagged photo; expected DIR/CLASS/photo.jpg or tags.csv; add some")
         self.split = "train"
-        self.tags = None
         self.image_paths = list(found)
         self.found_tags = list(found.values())
         tags = set().union(*self.found_tags)
@@ -386,10 +379,6 @@ class Photos(VOC):
         need(not twice, f"{path}: two photos that differ only in their ending: {twice}; rename one")
         masks = [self.root / "masks" / f"{name}.png" for name in self.ids]
         self.mask_paths = [mask if mask.exists() else None for mask in masks]
-
-    def has(self, split):
-        """A folder of photos has no lists."""
-        return False
 
     def read_tags(self, i):
         """Set of class names of photo i."""
@@ -443,9 +432,10 @@ def photos_of(path):
         return [p for p in sorted(path.glob("*")) if p.suffix.lower() in ENDINGS]
     if path.suffix == ".txt":
         ids = read_list(path)
-        inside = path.resolve().parent.name == "Segmentation"
+        lists = Path(os.path.abspath(path)).parent  # not resolved: a list may be a link
+        inside = lists.name == "Segmentation"
         need(inside, f"{path}: expected ROOT/ImageSets/Segmentation/NAME.txt; move it there")
-        folder = path.resolve().parents[2] / "JPEGImages"
+        folder = lists.parent.parent / "JPEGImages"
         found = pictures_in(folder)
         return [found.get(name, folder / f"{name}.jpg") for name in ids]
     return [path]
