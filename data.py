@@ -393,8 +393,7 @@ def repeated(names):
 def tags_of_folders(root):
     """{photo: set of tags} of ROOT/CLASS/photo.jpg. The same photo (to the byte) in two folders
     has two tags; photos in ROOT itself have none. Raises InputError."""
-    folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir()]
-    folders = [folder for folder in folders if folder.name != "masks" and folder.name[0] != "."]
+    folders = [p for p in sorted(root.glob("[!.]*")) if p.is_dir() and p.name != "masks"]
     found = {}  # photo's bytes, hashed -> its path and tags
     for folder in [*folders, root]:
         for photo in photos_of(folder):
@@ -418,7 +417,7 @@ def tags_of_table(path):
         photo = path.parent / name.strip()
         if n == 1 and photo.suffix.lower() not in ENDINGS:
             continue  # a header
-        inside = name.strip() and path.parent in Path(os.path.normpath(photo)).parents
+        inside = path.parent in Path(os.path.normpath(photo)).parents
         need(inside, f"{path}: row {n}, {name!r}; expected a file below its folder; correct it")
         found.setdefault(photo, set()).update(re.findall(r"[^\s,;]+", " ".join(tags)))
     return found
