@@ -380,6 +380,10 @@ class Photos(VOC):
         masks = [self.root / "masks" / f"{name}.png" for name in self.ids]
         self.mask_paths = [mask if mask.exists() else None for mask in masks]
 
+    def has(self, split):
+        """A folder of photos has no lists, whatever else lies in it."""
+        return False
+
     def read_tags(self, i):
         """Set of class names of photo i."""
         return self.found_tags[i]
