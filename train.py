@@ -253,7 +253,8 @@ def losses(net, x, y, labels):
 
     * with lite0 F_mid comes out of frozen layers: neither it nor the affinity's graph ever changes.
     """
-    _, s, Z, _ = net(x)
+    with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):  # float32 on a CPU
+        _, s, Z, _ = net(x)
     L_cls = F.multilabel_soft_margin_loss(s.float(), y)
     target = labels[:, ::4, ::4]  # (B,(H+3)/4,(W+3)/4)
     if not (target != IGNORE).any():
@@ -324,12 +325,10 @@ def update_step(run, net, batch, decay, where):
     """One SGD step on a batch, net being run.net, or that averaging its gradients over the
     processes; returns (L_cls, L_seg), a CPU tensor. Raises InputError: not finite."""
     x, y, labels, index = batch
-    device = torch.device(run.cfg.device)
     for group in run.opt.param_groups:
         group["lr"] = run.cfg.lr * group["scale"] * decay
-    x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
-    with autocast(run.cfg):
-        L_cls, L_seg = losses(net, x, y.to(device), labels.to(device))
+    x = x.to(run.cfg.device, memory_format=torch.channels_last, non_blocking=True)
+    L_cls, L_seg = losses(net, x, y.to(x.device), labels.to(x.device))
     L = torch.stack([L_cls, L_seg]).detach().cpu()
     images = " ".join(run.voc.ids[i] for i in index)
     fault = f"{run.folder}: L_cls, L_seg {L.tolist()} at {where}, images {images}"
@@ -638,8 +637,7 @@ def announce(run):
     run.net.eval()
     for _ in range(2):  # the first time is slower
         start = time.time()
-        with autocast(cfg):
-            L = sum(losses(run.net, x, y, x[:, 0].long()))
+        L = sum(losses(run.net, x, y, x[:, 0].long()))
         L.backward()
         run.opt.zero_grad()
         L.item()  # waits for CUDA
@@ -650,12 +648,6 @@ def announce(run):
     minutes = (steps * (middle - start) + (cfg.rounds + 2) * n / number * (end - middle)) / 60
     what = f"{n} photos, {run.voc.tags.shape[1]} classes, rounds: {cfg.rounds}, steps: {steps}"
     say(f"{what}; about {minutes:.0f} minutes, given {cfg.device}")
-
-
-def autocast(cfg):
-    """bfloat16 in training, on CUDA."""
-    cuda = cfg.device.startswith("cuda")
-    return torch.autocast(cfg.device.split(":")[0], torch.bfloat16, enabled=cuda)
 
 
 def reopen(folder, given, free):
