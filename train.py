@@ -455,24 +455,21 @@ def validate(run):
     return data.summary(total(C), run.val.classes)
 
 
-@torch.no_grad()
 def score_stages(run):
-    """Confusion matrices over the training images that have masks: {"train cam", ...} of the
-    maps that round 1 refines (the warm-up network's), cut in the middle of its band; {"labels
-    round1", ...} of every round's labels, with the share of pixels that they label."""
+    """Summaries over the training images that have masks: {"train cam", ...} of the maps that
+    round 1 refines (the warm-up network's), cut in the middle of its band; {"labels round1", ...}
+    of every round's labels, with the share of pixels that they label."""
     have = [i for i, path in enumerate(run.voc.mask_paths) if path]
     cfg = run.cfg
-    K = len(run.voc.classes)
+    names = run.voc.classes
     t = (cfg.lo + cfg.hi) / 2
     net = SGSeg.load(run.folder / "warmup.pt", cfg.device)
     rounds = [r for r in range(1, cfg.rounds + 2) if run.label_path(have[-1], r).exists()]
     stages = ("train cam", "train affinity", "train self_guided")
     C = {name: 0 for name in (*stages, *(f"labels round{r}" for r in rounds))}
-    pixels = 0
     for i in track("score stages", [have[n] for n in mine(len(have))]):
         image = read_image(run.voc.image_paths[i])
         truth = run.voc.mask(i, image.size)
-        pixels += (truth != IGNORE).sum()
         classes = run.voc.tags[i].nonzero()[:, 0].tolist()
         labels = {f"labels round{r}": run.label(i, r) for r in rounds}
         maps = label_image(net, image, run.voc.tags[i], cfg, 1)[:3]
@@ -481,10 +478,11 @@ def score_stages(run):
             labels[name] = refine.pseudo_labels(M, classes, t, t)[0].cpu().numpy()
         for name, label in labels.items():
             decided = np.where(label == IGNORE, IGNORE, truth)
-            C[name] += data.confusion(decided, label, K)
-    pixels = total(pixels)
+            C[name] += data.confusion(decided, label, len(names))
     C = {name: total(matrix) for name, matrix in C.items()}
-    return {name: (matrix, float(matrix.sum() / pixels)) for name, matrix in C.items()}
+    pixels = C["train cam"].sum()  # maps cut at one t leave no pixel undecided
+    share = {name: float(matrix.sum() / pixels) for name, matrix in C.items()}
+    return {name: data.summary(C[name], names) | {"decided": share[name]} for name in C}
 
 
 def evaluate(run):
@@ -492,11 +490,7 @@ def evaluate(run):
     done = run.epoch >= epochs_before(run.cfg, min(2, run.cfg.rounds + 1))
     need(done, f"{run.folder}: has no round behind it; expected one to score; --resume it first")
     run.net.eval()
-    scores = score_stages(run) if any(run.voc.mask_paths) else {}
-    rows = {}
-    for name in sorted(scores, key=lambda name: name.startswith("labels")):
-        matrix, decided = scores[name]
-        rows[name] = data.summary(matrix, run.voc.classes) | {"decided": decided}
+    rows = score_stages(run) if any(run.voc.mask_paths) else {}
     if run.cfg.rounds and (score := validate(run)):  # without a round the head is untrained
         how = {"decided": 1.0, "favour": run.net.favour, "scales": run.net.scales}
         rows["val seg"] = score | how
