@@ -417,7 +417,6 @@ def look(run, r):
     run.save()
 
 
-@torch.no_grad()
 def panel(run, voc, i, r):
     """Rows {caption: picture}, one a tagged class: photo | localization map | + affinity | +
     self-guided | pseudo label | prediction | truth; what there is of it."""
@@ -636,8 +635,7 @@ def announce(run):
         run.opt.zero_grad()
         L.item()  # waits for CUDA
         middle = time.time()
-        with torch.no_grad():
-            label_image(run.net, image, run.voc.tags[0], cfg, 1)[-1].cpu()
+        label_image(run.net, image, run.voc.tags[0], cfg, 1)[-1].cpu()
         end = time.time()
     minutes = (steps * (middle - start) + (cfg.rounds + 2) * n / number * (end - middle)) / 60
     what = f"{n} photos, {run.voc.tags.shape[1]} classes, rounds: {cfg.rounds}, steps: {steps}"
