@@ -739,10 +739,11 @@ def parse(argv):
             flag = f"--{name.replace('_', '-')}"
             options.add_argument(flag, default=argparse.SUPPRESS, help=help, **how)
     options = parser.add_argument_group("other jobs than a new run")
-    options.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    options.add_argument("--from", metavar="RUN", help="new run; the warm-up is another run's")
-    options.add_argument("--eval", metavar="RUN", help="score a run, write RUN/results.json")
-    options.add_argument("--segment", metavar="PHOTO", nargs="+", help="masks, by the run in --out")
+    job = options.add_mutually_exclusive_group()
+    job.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    job.add_argument("--from", metavar="RUN", help="new run; the warm-up is another run's")
+    job.add_argument("--eval", metavar="RUN", help="score a run, write RUN/results.json")
+    job.add_argument("--segment", metavar="PHOTO", nargs="+", help="masks, by the run in --out")
     options.add_argument("--soft", action="store_true", help="with --segment: probabilities, .npz")
     more = "with --segment, --eval: mean over scales 0.5 to 1.5"
     options.add_argument("--multi-scale", action="store_true", help=more)
@@ -840,8 +841,6 @@ def command(argv):
     jobs = {name: given.pop(name) for name in ("resume", "from", "eval", "segment")}
     soft = given.pop("soft")
     scales = SCALES if given.pop("multi_scale") else SCALES[:1]
-    asked = " and ".join(f"--{name}" for name, job in jobs.items() if job)
-    need(" and " not in asked, f"command line: {asked} contradict; expected one; leave one out")
     fine = jobs["segment"] or not soft and (jobs["eval"] or scales == SCALES[:1])
     need(fine, "--soft, --multi-scale: nothing to do; expected --segment or --eval; leave them out")
     kind = next((name for name in ("photos", "voc") if name in given), "toy")
