@@ -264,22 +264,24 @@ def losses(net, x, y, labels):
 
 
 def batches(run, r, epoch):
-    """This process's part of an epoch's batches; order and crops depend on seed and epoch only."""
+    """This process's part of an epoch's batches; order and crops depend on seed and epoch only.
+    Raises InputError where the parts are not equal."""
     cfg = run.cfg
     ids = range(len(run.voc.ids))
     batch = min(cfg.batch, len(ids))
+    rank, number = processes()
+    fault = f"a batch of {batch} photos in {number} processes; expected equal parts"
+    need(batch % number == 0, f"{fault}; another --batch, or number of processes")
     rng = np.random.default_rng([cfg.seed, epoch])
-    passes = max(1, -(-cfg.steps * batch // len(ids)))  # over a small set
+    passes = -(-cfg.steps * batch // len(ids))  # over a small set; rounded up
     order = [n * len(ids) + rng.permutation(len(ids)) for n in range(passes)]
     order = np.concatenate(order)
-    rank, number = processes()
     order = order[: len(order) // batch * batch][rank::number].tolist()
     paths = run.voc.mask_paths if cfg.supervised else [run.label_path(i, r) for i in ids]
     crops = (cfg.crop, cfg.size, cfg.scale, cfg.seed, epoch, paths if r else None)
     cuda = cfg.device.startswith("cuda")
     workers = 4 * cuda if cfg.workers < 0 else cfg.workers
-    how = {"sampler": order, "drop_last": True, "pin_memory": cuda, "num_workers": workers}
-    how["worker_init_fn"] = hush
+    how = {"sampler": order, "pin_memory": cuda, "num_workers": workers, "worker_init_fn": hush}
     return torch.utils.data.DataLoader(data.Crops(run.voc, *crops), batch // number, **how)
 
 
@@ -589,10 +591,6 @@ def assemble(cfg, argv=(), fresh=True):
     val = data.VOC(cfg.voc or toy, "val") if voc.has("val") else None
     if val:
         val.scan(masks=True)
-    batch = min(cfg.batch, len(voc.ids))
-    number = processes()[1]
-    fault = f"a batch of {batch} photos in {number} processes; expected equal parts"
-    need(batch % number == 0, f"{fault}; another --batch, or number of processes")
     about = {"config": asdict(cfg), "command": list(argv), "threads": torch.get_num_threads()}
     about |= {"python": sys.version, "torch": str(torch.__version__), "numpy": np.__version__}
     return Run(cfg, voc, val, net, opt, about)
