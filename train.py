@@ -599,8 +599,7 @@ def assemble(cfg, argv=(), fresh=True):
 def begin(cfg, argv, other=None):
     """A new run in its folder, which must hold nothing else; after the warm-up of another run,
     if one is given, whose weights it takes (not the momentum). Raises InputError."""
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    inside = {path.name for path in Path(cfg.out).iterdir()} - {"toy", "lock", "checkpoint.pt.tmp"}
+    inside = {path.name for path in Path(cfg.out).glob("*")} - {"toy", "lock", "checkpoint.pt.tmp"}
     need(not inside, f"{cfg.out}: is not empty; expected a new folder; --resume, or another --out")
     run = assemble(cfg, argv, fresh=not other)
     if other:
