@@ -207,7 +207,7 @@ def label_image(net, image, tags, cfg, r):
 
 
 @torch.no_grad()
-def refine_labels(run, r, annotate=label_image):
+def refine_labels(run, r, annotate):
     """The labels of refine r, a palette PNG each; those that a stopped run has made are kept."""
     cfg = run.cfg
     if cfg.supervised or run.epoch > epochs_before(cfg, r):
@@ -432,10 +432,10 @@ def panel(run, voc, i, r):
     if voc is run.val and voc.mask_paths[i]:
         labels["ground truth"] = voc.mask(i, image.size)
     rows = [{names[k + 1]: image} for k in classes] or [{"no tag": image}]
-    for p in range(len(classes)):
-        for caption, M in zip(("localization map", "+ affinity", "+ self-guided"), maps):
-            M = refine.up(M[:, [p]], image.size[::-1])[0, 0].cpu()
-            rows[p][caption] = data.heat(image, M)
+    for caption, M in zip(("localization map", "+ affinity", "+ self-guided"), maps):
+        M = refine.up(M, image.size[::-1])[0].cpu()  # (P,H,W)
+        for row, M_p in zip(rows, M):
+            row[caption] = data.heat(image, M_p)
     for caption, label in labels.items():
         said = " ".join(names[k] for k in np.unique(label) if 0 < k < IGNORE)
         for row in rows:
@@ -617,7 +617,6 @@ def begin(cfg, argv, other=None):
 def announce(run):
     """Say what a new run has before it, and how long that takes, if all goes as the first does."""
     cfg = run.cfg
-    number = processes()[1]
     n = len(run.voc.ids)
     loader = batches(run, 0, 0)
     steps = (epochs_before(cfg, cfg.rounds + 1) - run.epoch) * len(loader)
@@ -634,7 +633,8 @@ def announce(run):
         middle = time.time()
         label_image(run.net, image, run.voc.tags[0], cfg, 1)[-1].cpu()
         end = time.time()
-    minutes = (steps * (middle - start) + (cfg.rounds + 2) * n / number * (end - middle)) / 60
+    labels = (cfg.rounds + 2) * len(mine(n))
+    minutes = (steps * (middle - start) + labels * (end - middle)) / 60
     what = f"{n} photos, {run.voc.tags.shape[1]} classes, rounds: {cfg.rounds}, steps: {steps}"
     say(f"{what}; about {minutes:.0f} minutes, given {cfg.device}")
 
