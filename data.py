@@ -552,12 +552,11 @@ def areas(label, names):
     return {name: float(n / label.size) for name, n in zip(names, counts) if n}
 
 
-def csv_text(rows):
-    """Rows as the text of a CSV file; with a byte order mark, or Excel garbles umlauts."""
-    text = io.StringIO("\ufeff")
-    text.seek(1)
+def csv_bytes(rows):
+    """Rows as a CSV file's content; with a byte order mark, or Excel garbles umlauts."""
+    text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    return text.getvalue().encode("utf-8-sig")
 
 
 # ---- pictures ------------------------------------------------------------------------------------

@@ -399,7 +399,7 @@ def deliver(run):
         write(run.folder / "masks" / f"{name}.png", data.palette_image(label))
         write(run.folder / "overlays" / f"{name}.png", data.overlay(image, label, names))
         rows += [(name, *area) for area in data.areas(label, names).items()]
-    write(run.folder / "areas.csv", data.csv_text(rows))
+    write(run.folder / "areas.csv", data.csv_bytes(rows))
 
 
 def look(run, r):
@@ -787,7 +787,7 @@ def segment_photos(folder, photos, given, soft, scales):
         texts = [f"{k} {share:.0%}" for k, share in areas.items() if k != "background"]
         say(f"{photo} -> {path}: {', '.join(texts) or 'background only'}")
     if not listed:
-        write(out / "areas.csv", data.csv_text(rows))
+        write(out / "areas.csv", data.csv_bytes(rows))
     if faults:
         raise InputError(*faults)
 
