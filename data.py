@@ -51,10 +51,10 @@ class InputError(Exception):
         super().__init__("\n".join(" ".join(fault.split()) for fault in own))
 
 
-def need(ok, fault):
-    """Raise InputError(fault) unless ok."""
+def need(ok, *faults):
+    """Raise InputError(*faults) unless ok."""
     if not ok:
-        raise InputError(fault)
+        raise InputError(*faults)
 
 
 @contextmanager
@@ -330,8 +330,7 @@ class VOC:
             rest = f"; the first {most}" if len(faults) > most else ""
             head = f"{len(faults)} files are wrong (python data.py PATH lists all){rest}:"
             faults = [head, *faults[:most]]
-        if faults:
-            raise InputError(*faults)
+        need(not faults, *faults)
         if masks:
             self._check_masks(contradict)
         for name, share in zip(self.classes, self.tags.mean(0).tolist()):
@@ -715,8 +714,7 @@ def report(path):
         others = [p for p in kits[0].root.rglob("*") if p.is_file() and p not in taken]
         names = ", ".join(str(p.relative_to(kits[0].root)) for p in sorted(others)[:10])
         say(f"  {len(others)} other files, no photos or copies of one: {names}")
-    if faults:
-        raise InputError(*faults)
+    need(not faults, *faults)
 
 
 if __name__ == "__main__":

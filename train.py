@@ -788,8 +788,7 @@ def segment_photos(folder, photos, given, soft, scales):
         say(f"{photo} -> {path}: {', '.join(texts) or 'background only'}")
     if not listed:
         write(out / "areas.csv", data.csv_bytes(rows))
-    if faults:
-        raise InputError(*faults)
+    need(not faults, *faults)
 
 
 def check_results(out, photos):
