@@ -93,17 +93,16 @@ class VGG16(Backbone):
 
     def __init__(self):
         super().__init__()
-        layers = []
+        self.features = nn.Sequential()
         c = 3
         for stage, widths in enumerate(self.layout):
             dilation = 2 if stage == 4 else 1
             for width in widths:
-                layers.append(nn.Conv2d(c, width, 3, padding=dilation, dilation=dilation))
-                layers.append(nn.ReLU(inplace=True))
+                self.features.append(nn.Conv2d(c, width, 3, padding=dilation, dilation=dilation))
+                self.features.append(nn.ReLU(inplace=True))
                 c = width
             if stage < 4:
-                layers.append(nn.MaxPool2d(2, ceil_mode=True))
-        self.features = nn.Sequential(*layers)
+                self.features.append(nn.MaxPool2d(2, ceil_mode=True))
         self.frozen = [self.features[:16]]  # up to F_low (our choice; DeepLab: up to conv2)
 
     def forward(self, x):
