@@ -644,16 +644,20 @@ def reopen(folder, given, free):
     those named in free; so must the data. Raises InputError."""
     path = Path(folder) / "checkpoint.pt"
     state = data.load(path)
-    with refusing(f"{path}: not a checkpoint of this version", "expected one; start a new --out"):
+    wrong = (f"{path}: not a checkpoint of this version", "expected one; start a new --out")
+    with refusing(*wrong):
         own = {f.name: state["config"][f.name] for f in fields(Config)}
+        before = {what: state[what] for what in ("classes", "ids", "tags")}
         fixed = {k: v for k, v in given.items() if k not in free}
         differ = [f"--{k} {own[k]}, not {v}" for k, v in fixed.items() if own[k] != v]
         need(not differ, f"{folder}: has {', '.join(differ)}; leave them out, or start a new --out")
         own["device"] = "cpu" if own["device"] == "cpu" else "auto"  # to the bit: on the same kind
-        run = assemble(check(Config(**own | given | {"out": str(folder)})), fresh=False)
-        for what, value in run.voc.identity().items():
-            fault = f"{run.voc.root}: other {what} than when {folder} began; restore them"
-            need(value == state[what], f"{fault}, or start a new --out")
+        cfg = check(Config(**own | given | {"out": str(folder)}))
+    run = assemble(cfg, fresh=False)
+    for what, value in run.voc.identity().items():
+        fault = f"{run.voc.root}: other {what} than when {folder} began; restore them"
+        need(value == before[what], f"{fault}, or start a new --out")
+    with refusing(*wrong):
         run.net.load_state_dict(data.finite(state["model"], path))
         run.opt.load_state_dict(state["optimizer"])
         run.epoch = int(state["epoch"])
