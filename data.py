@@ -416,9 +416,10 @@ def tags_of_table(path):
     found = {}
     with refusing(f"{path}: not a table", "expected rows of a file and its tags; mend it"):
         rows = list(csv.reader(io.StringIO(text), **how))
-    for n, (name, *tags) in enumerate((row for row in rows if "".join(row).strip()), 1):
+    rows = [(n, *row) for n, row in enumerate(rows, 1) if "".join(row).strip()]
+    for n, name, *tags in rows:
         photo = path.parent / name.strip()
-        if n == 1 and photo.suffix.lower() not in ENDINGS:
+        if n == rows[0][0] and photo.suffix.lower() not in ENDINGS:
             continue  # a header
         inside = path.parent in Path(os.path.normpath(photo)).parents
         need(inside, f"{path}: row {n}, {name!r}; expected a file below its folder; correct it")

@@ -2663,8 +2663,8 @@ def test_tables_of_tags_name_photos_that_are_there(toy, tmp_path):
     shutil.copy(toy / JPG, tmp_path / "a.jpg")
     (tmp_path / "tags.csv").write_text("a.jpg,disc\nb.jpg,disc\n")
     assert "b.jpg: no such file" in refused(data.Photos(tmp_path).scan)
-    (tmp_path / "tags.csv").write_text("a.jpg,disc\n../b.jpg,disc\n")
-    assert "../b.jpg" in refused(data.Photos, tmp_path)
+    (tmp_path / "tags.csv").write_text("a.jpg,disc\n\n../b.jpg,disc\n")
+    assert "row 3, '../b.jpg'" in refused(data.Photos, tmp_path)
     (tmp_path / "tags.csv").write_text("file,tags\n")
     assert "no tagged photo" in refused(data.Photos, tmp_path)
     (tmp_path / "tags.csv").write_text("A.jpg,disc\na.jpg,disc\n")  # no header: a wrong name
