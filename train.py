@@ -11,7 +11,7 @@
 
 Warm-up on tags; then every round refines the pseudo labels with the network fixed and updates the
 network with the labels fixed; a last refine ends the run (Ke & Hsu 2018, abstract, sentence 9). The
-schedule and every number are our choice; "tuned": on training masks of our VOC subsets, then frozen.
+schedule and every number are our choice; "tuned": on training masks of VOC subsets, then frozen.
 """
 
 import argparse
