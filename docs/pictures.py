@@ -1,7 +1,7 @@
 """The README's picture: python docs/pictures.py RUN PHOTO=TAG[,TAG] ... OUT.png
 
-One row a tag: photo | localization map | + affinity | + self-guided | pseudo label | prediction,
-as the last network of RUN gives them. The README's photos are chelsea.png (CC0) and astronaut.png
+One row a tag: photo | localization map | + affinity | + self-guided | pseudo label, all of round 1,
+then what the last network makes of them: its pseudo label | its prediction without a tag. The README's photos are chelsea.png (CC0) and astronaut.png
 (public domain) of the scikit-image wheel: pip download --no-deps scikit-image && unzip -j
 scikit_image-*.whl skimage/data/chelsea.png skimage/data/astronaut.png
 """
@@ -36,9 +36,10 @@ def main():
     parser.add_argument("photos", metavar="PHOTO=TAG[,TAG]", nargs="+", help="photo and its tags")
     parser.add_argument("out", metavar="OUT.png", help="the picture to write")
     given = parser.parse_args()
-    net = SGSeg.load(given.run)
+    first = SGSeg.load(given.run / "warmup.pt")
+    last = SGSeg.load(given.run)
     cfg = read_config(given.run)
-    classes = net.classes[1:]
+    classes = last.classes[1:]
     paths = []
     tags = torch.zeros(len(given.photos), len(classes))
     for n, argument in enumerate(given.photos):
@@ -49,10 +50,15 @@ def main():
         for word in words.split(","):
             tags[n, classes.index(word)] = 1
     photos = SimpleNamespace(image_paths=paths, classes=classes, tags=tags, mask_paths=None)
-    run = SimpleNamespace(net=net, cfg=cfg, val=None)  # what `panel` looks at
     rows = []
     for n in range(len(paths)):
-        rows += train.panel(run, photos, n, cfg.rounds)
+        run = SimpleNamespace(net=first, cfg=cfg, val=None)  # what `panel` looks at
+        before = train.panel(run, photos, n, 0)
+        run.net = last
+        after = train.panel(run, photos, n, cfg.rounds)
+        for row, later in zip(before, after):
+            *_, (label, labelled), (prediction, predicted) = later.items()
+            rows.append(row | {f"last {label}": labelled, prediction: predicted})
     data.write(given.out, data.sheet(rows))
     print("written", given.out)
 
