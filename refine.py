@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 
 IGNORE = 255  # VOC's "void" index: no loss, no score
-LO = 0.30  # background where every map stays below (tuned; ToCo: 0.25)
-HI = 0.60  # a class where its map gets this far (tuned; ToCo: 0.7)
+LO = 0.30  # background where every map stays below (tuned)
+HI = 0.60  # a class where its map gets this far (tuned)
 STRENGTH = 100.0  # lambda of the affinity energy (tuned)
 STEPS = 40  # of the walk (tuned)
-TEMPERATURE = 0.1  # of the affinity exp(cos / temperature) (tuned)
+TEMPERATURE = 0.1  # of the affinity exp((cos - 1) / temperature) (tuned)
 DILATIONS = (1, 3, 6, 12, 24)  # 40 neighbours, near and far (our choice, after PAMR)
 DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 FLOOR = 0.3  # after the walk a map is stretched by at most 1 / FLOOR (tuned)

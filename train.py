@@ -57,7 +57,7 @@ class Config:
     weights: str = "auto"  # ImageNet weights: auto (the backbone's own, if any), none, or a file
     # schedule
     warmup: int = 0  # epochs of L_cls alone before round 1; 0 only on ImageNet weights (tuned)
-    rounds: int = 3  # rounds of refine + update between the warm-up and the last refine (tuned)
+    rounds: int = 3  # of refine + update between warm-up and last refine (seen on val: CHOICES)
     epochs: int = 4  # epochs of each update (our choice)
     steps: int = 5  # an epoch has at least so many: small sets are passed over again (tuned)
     batch: int = 16  # images a step (our choice)
@@ -72,7 +72,7 @@ class Config:
     strength: tuple = (100.0, 10.0)  # lambda of the affinity energy: round 1, later rounds (tuned)
     radius: int = refine.RADIUS  # window radius of the guided filter, stride-8 cells (tuned)
     eps: float = refine.EPS  # eps of the guided filter (tuned)
-    lo: float = refine.LO  # background where every map stays below it (tuned)
+    lo: float = refine.LO  # background where every map stays below it (tuned, and seen on val)
     hi: float = refine.HI  # a class where its map gets this far (tuned); last refine: the middle
     favour: float = 0.75  # objects' head start in logits when segmenting (tuned)
     supervised: bool = False  # train on the true masks: the upper bound, for measuring only
@@ -251,7 +251,8 @@ def losses(net, x, y, labels):
         L_seg           no           yes        yes*    yes      no              no
         refine_labels   no           no         no      no       no              no
 
-    * with lite0 F_mid comes out of frozen layers: neither it nor the affinity's graph ever changes.
+    * with lite0's ImageNet weights F_mid comes out of frozen layers: it and the affinity's graph
+    never change.
     """
     with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):  # float32 on a CPU
         _, s, Z, _ = net(x)

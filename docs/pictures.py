@@ -1,9 +1,10 @@
 """The README's picture: python docs/pictures.py RUN PHOTO=TAG[,TAG] ... OUT.png
 
 One row a tag: photo | localization map | + affinity | + self-guided | pseudo label, all of round 1,
-then what the last network makes of them: its pseudo label | its prediction without a tag. The README's photos are chelsea.png (CC0) and astronaut.png
-(public domain) of the scikit-image wheel: pip download --no-deps scikit-image && unzip -j
-scikit_image-*.whl skimage/data/chelsea.png skimage/data/astronaut.png
+then what the last network makes of them: its pseudo label | its prediction without a tag. The
+README's photos are chelsea.png (CC0) and astronaut.png (public domain) of the scikit-image wheel:
+pip download --no-deps scikit-image && unzip -j scikit_image-*.whl skimage/data/chelsea.png
+skimage/data/astronaut.png
 """
 
 import argparse

@@ -37,7 +37,7 @@ LINES = ("#1f6fb4", "#d1495b", "#3c8d5a", "#8a5ab5")
 
 
 def colour(k):
-    """VOC's colour of index k, as CSS; white for undecided is drawn grey."""
+    """VOC's colour of index k, as CSS; cream for undecided is drawn grey."""
     r, g, b = data.palette_image(np.array([[k]])).convert("RGB").getpixel((0, 0))
     return "#bbb" if k == IGNORE else f"rgb({r},{g},{b})"
 
