@@ -261,7 +261,14 @@ class SGSeg(nn.Module):
     """
 
     def __init__(
-        self, names, backbone="lite0", size=500, favour=0.75, radius=3, eps=1e-5, self_guided=True
+        self,
+        names,
+        backbone="lite0",
+        size=500,
+        favour=0.75,
+        radius=refine.RADIUS,
+        eps=refine.EPS,
+        self_guided=True,
     ):
         super().__init__()
         self.config = {"names": list(names), "backbone": backbone, "size": size, "favour": favour}

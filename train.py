@@ -11,7 +11,8 @@
 
 Warm-up on tags; then every round refines the pseudo labels with the network fixed and updates the
 network with the labels fixed; a last refine ends the run (Ke & Hsu 2018, abstract, sentence 9). The
-schedule and every number are our choice; "tuned": on training masks of VOC subsets, then frozen.
+schedule and every number are our choice; "tuned": on training masks of VOC subsets, then frozen
+(for --rounds, --lo and --hi val was seen, too: docs/CHOICES.md).
 """
 
 import argparse
@@ -57,7 +58,7 @@ class Config:
     weights: str = "auto"  # ImageNet weights: auto (the backbone's own, if any), none, or a file
     # schedule
     warmup: int = 0  # epochs of L_cls alone before round 1; 0 only on ImageNet weights (tuned)
-    rounds: int = 3  # of refine + update between warm-up and last refine (seen on val: CHOICES)
+    rounds: int = 3  # rounds of refine + update between the warm-up and the last refine (tuned)
     epochs: int = 4  # epochs of each update (our choice)
     steps: int = 5  # an epoch has at least so many: small sets are passed over again (tuned)
     batch: int = 16  # images a step (our choice)
@@ -72,7 +73,7 @@ class Config:
     strength: tuple = (100.0, 10.0)  # lambda of the affinity energy: round 1, later rounds (tuned)
     radius: int = refine.RADIUS  # window radius of the guided filter, stride-8 cells (tuned)
     eps: float = refine.EPS  # eps of the guided filter (tuned)
-    lo: float = refine.LO  # background where every map stays below it (tuned, and seen on val)
+    lo: float = refine.LO  # background where every map stays below it (tuned)
     hi: float = refine.HI  # a class where its map gets this far (tuned); last refine: the middle
     favour: float = 0.75  # objects' head start in logits when segmenting (tuned)
     supervised: bool = False  # train on the true masks: the upper bound, for measuring only

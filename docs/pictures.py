@@ -37,10 +37,10 @@ def main():
     parser.add_argument("photos", metavar="PHOTO=TAG[,TAG]", nargs="+", help="photo and its tags")
     parser.add_argument("out", metavar="OUT.png", help="the picture to write")
     given = parser.parse_args()
-    first = SGSeg.load(given.run / "warmup.pt")
-    last = SGSeg.load(given.run)
     cfg = read_config(given.run)
-    classes = last.classes[1:]
+    first = SimpleNamespace(net=SGSeg.load(given.run / "warmup.pt"), cfg=cfg, val=None)
+    last = SimpleNamespace(net=SGSeg.load(given.run), cfg=cfg, val=None)  # what `panel` looks at
+    classes = last.net.classes[1:]
     paths = []
     tags = torch.zeros(len(given.photos), len(classes))
     for n, argument in enumerate(given.photos):
@@ -53,10 +53,8 @@ def main():
     photos = SimpleNamespace(image_paths=paths, classes=classes, tags=tags, mask_paths=None)
     rows = []
     for n in range(len(paths)):
-        run = SimpleNamespace(net=first, cfg=cfg, val=None)  # what `panel` looks at
-        before = train.panel(run, photos, n, 0)
-        run.net = last
-        after = train.panel(run, photos, n, cfg.rounds)
+        before = train.panel(first, photos, n, 0)
+        after = train.panel(last, photos, n, cfg.rounds)
         for row, later in zip(before, after):
             *_, (label, labelled), (prediction, predicted) = later.items()
             rows.append(row | {f"last {label}": labelled, prediction: predicted})
