@@ -270,7 +270,8 @@ def devkit_in(path):
 class VOC:
     """One split of a devkit: ids, and for i the photo, its tags y (K,) and its mask, for scoring.
 
-    path is the folder that holds ImageSets, or the one above VOC2012 or VOCdevkit/VOC2012.
+    path is the folder that holds ImageSets, or the one above VOC2012 or VOCdevkit/VOC2012. Where
+    there is a list train_aug, train is that one.
     image_paths[i] is JPEGImages/ID.jpg (or another ending), mask_paths[i] in SegmentationClassAug
     or SegmentationClass, None where there is none. tags (n,K) float32 come with `scan`. Raises
     InputError.
@@ -333,8 +334,11 @@ class VOC:
         need(not faults, *faults)
         if masks:
             self._check_masks(contradict)
-        for name, share in zip(self.classes, self.tags.mean(0).tolist()):
-            if self.split == "train" and share in (0, 1):
+        shares = self.tags.mean(0).tolist() if self.split == "train" else []
+        fix = "expected photos with and without a class; add some that show something else"
+        need(not shares or {*shares} - {0, 1}, f"{self.root}: all photos have the same tags; {fix}")
+        for name, share in zip(self.classes, shares):
+            if share in (0, 1):
                 how = "no training image is" if share == 0 else "every training image is"
                 cure = "it is not learnt" if share == 0 else "add photos without it to locate it"
                 say(f"warning: {how} tagged {name}: {cure}", stream=sys.stderr)

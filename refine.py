@@ -14,7 +14,7 @@ no formula of the paper is in this repository: every one below is our choice, it
 
 Symbols: B images; K classes, P of them tagged, their indices in `classes`; (h,w) a feature grid,
 (H,W) the image; i, j pixels of one grid; k a class; S scores, Z logits, M maps. All is pure,
-batched, float32 and, labels aside, differentiable, on any device.
+batched, float32 (the filter float64 inside) and, labels aside, differentiable.
 """
 
 import torch
@@ -168,7 +168,7 @@ def check_indices(classes, num_classes):
 
 def check_grids(maps, features, strength):
     """Raise ValueError unless maps (B,P,h,w), features (B,C,h,w) share B, h, w; strength >= 0."""
-    if maps.shape[::2] + maps.shape[3:] != features.shape[::2] + features.shape[3:] or strength < 0:
+    if len(maps) != len(features) or maps.shape[2:] != features.shape[2:] or strength < 0:
         got = f"{tuple(maps.shape)}, {tuple(features.shape)}, {strength}"
         raise ValueError(f"want maps and features of one batch and grid, strength >= 0; got {got}")
 
@@ -228,8 +228,8 @@ def four_stages(scores, features, image, classes, stages=STAGES, lo=LO, hi=HI, f
     scores (B,K,h,w), the CAM scores S; features (B,C,h2,w2), F_mid; image (B,3,H,W) in [0,1];
     classes (P,), the tagged ones. Returns the maps located, guided (B,P,h2,w2), refined (B,P,H,W),
     all in [0,1], and the label (B,H,W) uint8. stages: any of the first three may be a function of
-    your own (later rounds: head_maps, with the logits Z for scores); None leaves stage 2 or 3 out.
-    floor bounds the stretching after stage 2.
+    your own (later rounds: head_maps, with the logits Z for scores); None leaves stage 2 or 3 out,
+    not the stretching between them, which floor bounds.
     """
     locate, guide, transfer = stages
     located = locate(up(scores, features.shape[-2:]), classes)  # (B,P,h2,w2)
@@ -249,7 +249,8 @@ def up(x, size):
 
 
 def guided_filter(p, I, radius, eps):
-    """q_i = mean(a)_i . I_i + mean(b)_i: He, Sun & Tang's guided filter, all on one grid.
+    """q_i = mean(a)_i . I_i + mean(b)_i: He, Sun & Tang's guided filter, all on one grid: what
+    tests compare with its definition and docs/ with OpenCV's; the method runs `self_guided`.
 
     p (B,P,H,W); I (B,3,H,W) in [0,1]. Returns (B,P,H,W), not clamped. Small eps: the image speaks;
     large eps, or a flat image: a box mean, twice. ValueError as `guided_coefficients`.

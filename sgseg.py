@@ -55,7 +55,7 @@ class Backbone(nn.Module):
     mean = (0.485, 0.456, 0.406)  # torchvision's ImageNet statistics
     std = (0.229, 0.224, 0.225)
     frozen = ()  # modules that fine-tuning leaves alone
-    imagenet = None  # where its ImageNet weights are: an URL, "package:file", or nowhere
+    imagenet = None  # where its ImageNet weights are: "https://...", "package:file", or nowhere
     classifier = "classifier."  # parameters of that file that begin so are not the backbone's
 
     def rename(self, key):
@@ -215,11 +215,12 @@ def load_imagenet(backbone, source="auto"):
 
 
 def imagenet_state(where):
-    """The whole state dict at an URL or in a package ("package:file"). Raises InputError."""
+    """The whole state dict at "https://..." or in "package:file". Raises InputError."""
     if where.startswith("https://"):
         with refusing(f"{where}: cannot be fetched", "--weights FILE, or --weights none"):
             fetch = torch.hub.load_state_dict_from_url
             return fetch(where, map_location="cpu", check_hash=True, weights_only=True)
+    need(where.count(":") == 1, f"{where}: expected https://... or package:file; correct imagenet")
     package, file = where.split(":")
     found = importlib.util.find_spec(package)  # located, never imported: it is data
     name = package.replace("_", "-")

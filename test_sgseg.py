@@ -1888,7 +1888,7 @@ def every_write(tmp_path_factory):
     """A run on two photos, killed at each of its writes, each time gone on with: {n: (whether a
     checkpoint was there, exit status of going on or beginning anew, what came out differently)}."""
     folder = tmp_path_factory.mktemp("writes")
-    kit = make_toy(folder / "kit", train=2, val=1)
+    kit = make_toy(folder / "kit", train=2, val=1, seed=3)
     more = ["--rounds", 1, "--batch", 2, "--size", 33]
     writes = []
     with pytest.MonkeyPatch.context() as patch:
@@ -2107,9 +2107,9 @@ def test_a_run_folder_is_never_destroyed(finished, toy, capsys):
     capsys.readouterr()
     assert train.main(options(toy, finished)) == 2
     assert "--resume" in complaint(capsys)
-    assert resume(finished, "--lr", "0.5", "--workers", "1") == 2
+    assert resume(finished, "--lr", "0.5", "--workers", "1", "--weights", "auto") == 2
     said = complaint(capsys)
-    assert "--lr" in said and "workers" not in said
+    assert "--lr" in said and "workers" not in said and "weights" not in said
     assert train.main(["--out", ""]) == 2
     assert "empty" in complaint(capsys)
     assert differing(before, product(finished)) == []
@@ -2374,6 +2374,7 @@ def test_bad_masks_are_named(case, kit):
         (["--eval", "/nowhere"], "/nowhere"),
         (["--segment", "x.jpg", "--out", "/nowhere"], "/nowhere"),
         (["--eval", "a", "--segment", "x.jpg"], "--segment"),
+        (["--eval", "a", "--out", "b"], "--out"),
         (["--resume", "--segment", "x.jpg"], "--segment"),
         (["--resume", "--out", "/nowhere"], "/nowhere"),
     ],
@@ -2629,6 +2630,23 @@ def test_tagged_photos_become_masks_beside_the_run(album, tmp_path):
     assert not np.asarray(Image.open(out / "masks" / "nothing.png")).any()
 
 
+def test_photos_that_all_have_the_same_tags_are_refused(album, tmp_path, capsys):
+    """With cats alone, nothing tells a cat from what is around it."""
+    cats = tmp_path / "cats"
+    shutil.copytree(album / "disc", cats / "cat")
+    small = options(cats, tmp_path / "run")
+    small[0] = "--photos"
+    for tags in ("cat", "cat, sofa"):
+        assert train.main(small) == 2
+        assert "all photos have the same tags" in complaint(capsys)
+        shutil.copytree(cats / "cat", cats / "sofa", dirs_exist_ok=True)
+    shutil.rmtree(cats / "sofa")
+    Image.new("RGB", (97, 97), "grey").save(cats / "nothing.png")
+    photos = data.Photos(cats)
+    photos.scan()
+    assert photos.classes == ["cat"] and photos.tags.mean() < 1
+
+
 TABLES = {
     "commas and a header": "file,tags\n{a},disc cross\n{b},\n",
     "semicolons": "{a};disc;cross\n\n{b};;\n",
@@ -2812,6 +2830,9 @@ def test_a_run_from_the_warm_up_of_another_is_the_same_run(finished, toy, tmp_pa
     (other / "classes.txt").write_text("disc\nsquare\ntriangle\ncross\nring\n")
     assert train.main(options(other, tmp_path / "e", "--from", finished)) == 2
     assert "has other classes or backbone" in complaint(capsys)
+    more = ("--warmup", 3, "--from", tmp_path / "a")
+    assert train.main(options(toy, tmp_path / "f", *more)) == 2
+    assert "has another warm-up" in complaint(capsys)
 
 
 @pytest.mark.parametrize("label", [0, 1, 255])
@@ -2873,6 +2894,19 @@ def test_ridge_is_the_minimum_of_its_sum():
     gradient = torch.autograd.grad(total(own), own)[0]
     assert gradient.abs().max() < 1e-3 * total(own)
     assert total(own) < total(own + 0.01) and total(own) < total(0.9 * own)
+
+
+def test_ridge_of_photos_that_are_all_alike_is_zero():
+    w = train.ridge(torch.ones(3, 5), torch.tensor([[1.0], [0.0], [1.0]]), 1.0)
+    assert w.tolist() == [[0.0] * 5]
+
+
+def test_a_head_that_says_nothing_of_its_tags_is_not_blown_up(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "ridge", lambda x, t, _: torch.full((t.shape[1], x.shape[1]), -0.1))
+    small = options(toy, tmp_path / "run", "--rounds", 0)
+    small += ["--backbone", "lite0", "--weights", "auto", "--warmup", "0"]
+    assert train.main(small) == 0
+    assert (SGSeg.load(tmp_path / "run" / "warmup.pt").cam.weight == -0.1).all()
 
 
 def test_what_the_second_fit_sees_by_hand():

@@ -89,7 +89,7 @@ TOY |= {"scale": (0.75, 1.25), "strength": (5.0, 5.0), "radius": 2, "eps": 1e-3}
 TOY |= {"lo": 0.45, "hi": 0.6, "favour": 0.0}
 MOMENTUM = 0.9  # of SGD (DeepLab)
 WEIGHT_DECAY = 1e-4  # of SGD (our choice)
-STOPPED = "sgseg: stopped; --resume goes on, repeating at most one epoch"
+STOPPED = "sgseg: stopped; training goes on with --resume, repeating at most one epoch"
 
 
 # ---- the whole method ----------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def train(run, annotate=None):
     """
     rounds = run.cfg.rounds
     fit_cam(run)  # warm-up: image tags alone, on ImageNet's features in closed form,
-    update(run, 0)  # on others by descent
+    update(run, 0)  # on others, or with --warmup N, by descent
     look(run, 0)
     for r in range(1, rounds + 1):
         refine_labels(run, r, annotate or label_image)  # network fixed, labels change
@@ -126,7 +126,7 @@ def epochs_before(cfg, r):
 def fit_cam(run):
     """The CAM head on ImageNet's features, in closed form: ridge regression of targets t on
     features x. First x = mean_ij F_high and t = y, for every photo; then once more on what its own
-    maps M see,
+    maps M, each divided by its maximum, see,
 
         x_k = sum_ij M_k F_high / sum_ij M_k, t = one-hot k     for every tag k of a photo, and
         x_0 = the same with M_0 = 1 - min(1, sum_k M_k), t = 0  for its background
@@ -142,16 +142,17 @@ def fit_cam(run):
     if run.cfg.weights == "none" or behind:
         return
     net = run.net.eval()
-    for sees, strength in ((whole_photo, 1.0), (under_maps, 10.0)):
+    for sees, penalty in ((whole_photo, 1.0), (under_maps, 10.0)):
         seen = {}
         for i in track(f"fit {sees.__name__}", mine(len(run.voc.ids))):
             high = net.features(read_image(run.voc.image_paths[i]))[2]  # (1,C,h,w)
             seen[i] = [a.cpu() for a in sees(net, high, run.voc.tags[i].to(high))]
         seen = {i: pair for part in everyone(seen) for i, pair in part.items()}
         x, t = map(torch.cat, zip(*(seen[i] for i in sorted(seen))))
-        w = ridge(x, t, strength)
+        w = ridge(x, t, penalty)
         said = (t * (x @ w.T)).sum() / t.sum().clamp_min(1)  # where t is 1, on the mean
-        net.cam.weight[:, :, 0, 0] = (w / (2 * said).clamp_min(1e-4)).to(net.cam.weight)
+        w = w / (2 * said if said > 1e-4 else 1)
+        net.cam.weight[:, :, 0, 0] = w.to(net.cam.weight)
     run.log("fit", round=0)
     run.save()
 
@@ -170,14 +171,14 @@ def under_maps(net, high, tags):
     return x, torch.cat([torch.eye(len(tags)).to(high)[classes], torch.zeros_like(tags)[None]])
 
 
-def ridge(x, t, strength):
-    """w (K,C) = argmin sum_n |t_n - mean t - w z_n|^2 + strength mean_n |z_n|^2 |w|^2, z = x
+def ridge(x, t, penalty):
+    """w (K,C) = argmin sum_n |t_n - mean t - w z_n|^2 + penalty mean_n |z_n|^2 |w|^2, z = x
     less its mean, each channel in units of its deviation; w comes back in units of x. x (n,C), t
     (n,K) float32. Source: ridge regression, Hoerl & Kennard 1970; that we use it is our choice."""
     deviation = x.std(0, correction=0) + 1e-6
     z = ((x - x.mean(0)) / deviation).double()  # (n,C)
     G = z.T @ z  # (C,C)
-    G.diagonal().add_(strength * G.trace() / len(x))
+    G.diagonal().add_((penalty * G.trace() / len(x)).clamp_min(1e-9))  # not 0: all x may be alike
     w = torch.linalg.solve(G, z.T @ (t - t.mean(0)).double()).T  # (K,C)
     return w.to(x.dtype) / deviation
 
@@ -230,7 +231,7 @@ def refine_labels(run, r, annotate):
     lost += ["all but background"] if share[0] > 0.99 else []
     if lost and not processes()[0]:
         fault = f"warning: round {r} labels almost nothing as {' '.join(lost)}"
-        say(f"{fault}: look at panels/; other --lo, or more photos", stream=sys.stderr)
+        say(f"{fault}: look at panels/; other --lo, --hi, or more photos", stream=sys.stderr)
     run.save()
 
 
@@ -495,8 +496,8 @@ def evaluate(run):
     run.net.eval()
     rows = score_stages(run) if any(run.voc.mask_paths) else {}
     if run.cfg.rounds and (score := validate(run)):  # without a round the head is untrained
-        how = {"decided": 1.0, "favour": run.net.favour, "scales": run.net.scales}
-        rows["val seg"] = score | how
+        how = {"favour": run.net.favour, "scales": run.net.scales, "size": run.net.size}
+        rows["val seg"] = score | how | {"decided": 1.0}
     if processes()[0]:
         return
     write(run.folder / "results.json", json.dumps(rows, indent=1))
@@ -608,6 +609,9 @@ def begin(cfg, argv, other=None):
         net = SGSeg.load(Path(other) / "warmup.pt", cfg.device)
         same = (net.classes, type(net.backbone)) == (run.net.classes, type(run.net.backbone))
         need(same, f"{other}: has other classes or backbone; expected this run's; leave --from out")
+        its = json.loads(data.read_text(Path(other) / "config.json"))["config"]
+        same = (its["warmup"], its["weights"]) == (cfg.warmup, cfg.weights)
+        need(same, f"{other}: has another warm-up; expected its --warmup and --weights; give them")
         run.net.load_state_dict(net.state_dict())
         run.epoch = cfg.warmup
         run.log("from", run=str(other))
@@ -651,10 +655,10 @@ def reopen(folder, given, free):
         own = {f.name: state["config"][f.name] for f in fields(Config)}
         before = {what: state[what] for what in ("classes", "ids", "tags")}
         fixed = {k: v for k, v in given.items() if k not in free}
-        differ = [f"--{k} {own[k]}, not {v}" for k, v in fixed.items() if own[k] != v]
+        asked = {"device": "cpu" if own["device"] == "cpu" else "auto"}  # to the bit: the same kind
+        cfg = check(Config(**own | asked | given | {"out": str(folder)}))
+        differ = [f"--{k} {own[k]}, not {v}" for k, v in fixed.items() if own[k] != getattr(cfg, k)]
         need(not differ, f"{folder}: has {', '.join(differ)}; leave them out, or start a new --out")
-        own["device"] = "cpu" if own["device"] == "cpu" else "auto"  # to the bit: on the same kind
-        cfg = check(Config(**own | given | {"out": str(folder)}))
     run = assemble(cfg, fresh=False)
     for what, value in run.voc.identity().items():
         fault = f"{run.voc.root}: other {what} than when {folder} began; restore them"
@@ -841,6 +845,8 @@ def command(argv):
     scales = SCALES if given.pop("multi_scale") else SCALES[:1]
     fine = jobs["segment"] or not soft and (jobs["eval"] or scales == SCALES[:1])
     need(fine, "--soft, --multi-scale: nothing to do; expected --segment or --eval; leave them out")
+    fine = not (jobs["eval"] and "out" in given)
+    need(fine, "--eval RUN --out: contradict; expected one folder; leave --out out")
     kind = next((name for name in ("photos", "voc") if name in given), "toy")
     usual = "runs/voc" if jobs["segment"] else f"runs/{kind}"
     folder = Path(jobs["eval"] or given.get("out") or usual)
@@ -860,7 +866,7 @@ def command(argv):
             deliver(run)
     evaluate(run)
     minutes = (time.time() - start) / 60
-    say(f"{minutes:.1f} minutes; results.json, labels in pseudo/, pictures in panels/ of {folder}")
+    say(f"{minutes:.1f} minutes; results.json, masks/, overlays/, areas.csv, panels/ in {folder}")
 
 
 def main(argv=None):
@@ -875,7 +881,7 @@ def main(argv=None):
         fault = str(e)
     except (MemoryError, RuntimeError) as e:  # torch's own out-of-memory errors are RuntimeErrors
         fault = "memory is full; expected room; lower --batch, --crop, --size or --workers"
-        full = re.search("(allocate|out of|shared|enough) memory|DataLoader worker", str(e))
+        full = re.search(r"(allocate|out of|shared|enough) memory|DataLoader worker \(pid", str(e))
         if re.search("gloo|NCCL|Connection (closed|reset)", str(e)) and dist.is_initialized():
             fault = "another process is gone; expected all; see its own line, then --resume"
         elif not full and not isinstance(e, MemoryError):
