@@ -166,6 +166,9 @@ def track(name, items, note=None):
 
 def decoded(path, convert):
     """convert(PIL image in path). Raises InputError."""
+    name = os.fsencode(Path(path).name)
+    writable = os.fsencode(path) == str(path).encode(errors="replace") and len(name) < 235
+    need(writable, f"{path}: not UTF-8, or a name of over 235 bytes; expected less; rename it")
     content = io.BytesIO(read(path))
     fix = f"expected a whole image ({', '.join(FORMATS)}); replace it"
     with warnings.catch_warnings(), refusing(f"{path}: cannot be read as an image", fix):
@@ -174,6 +177,9 @@ def decoded(path, convert):
             small = min(image.size) < 16 or image.width * image.height > 64_000_000
             fault = f"{path}: {image.size} pixels; expected 16 or more a side, at most 64 million"
             need(not small, f"{fault}; resize it")
+            need(
+                image.mode != "F", f"{path}: of floats; expected 8 or 16 bits a channel; convert it"
+            )
             return convert(image)
 
 
@@ -183,7 +189,9 @@ def read_image(image):
     another array."""
     if isinstance(image, (str, Path)):
         image = decoded(image, ImageOps.exif_transpose)
-    elif not isinstance(image, Image.Image):
+    elif isinstance(image, Image.Image):
+        image = ImageOps.exif_transpose(image)
+    else:
         array = np.asarray(image)
         if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
             raise ValueError(f"want an (H,W,3) uint8 RGB array, got {array.shape} {array.dtype}")
@@ -199,7 +207,7 @@ def read_mask(path, num_classes, size=None):
     if it is to be compared. Raises InputError."""
     mode, mask = decoded(path, lambda image: (image.mode, np.array(image)))
     found = f"{path}: mode {mode}, {mask.shape[1::-1]} pixels"
-    fix = f"expected an indexed PNG of its image's {size or 'size'}; re-export it"
+    fix = f"expected an indexed PNG of its image's {size or 'size'}; re-export it, or restore the image"
     need(mode in ("P", "L") and size in (None, mask.shape[::-1]), f"{found}; {fix}")
     wrong = mask[(mask > num_classes) & (mask != IGNORE)]
     fix = f"expected 0..{num_classes} or 255; re-export it with this class list"
@@ -399,8 +407,12 @@ def repeated(names):
 
 def tags_of_folders(root):
     """{photo: set of tags} of ROOT/CLASS/photo.jpg. The same photo (to the byte) in two folders
-    has two tags; photos in ROOT itself have none. Raises InputError."""
+    has two tags; photos in ROOT itself have none; deeper ones are not used. Raises InputError."""
     folders = [p for p in sorted(root.glob("[!.]*")) if p.is_dir() and p.name != "masks"]
+    deep = [p for f in folders for p in f.glob("*/**/*") if p.suffix.lower() in ENDINGS]
+    if deep:
+        fault = f"warning: {len(deep)} photos lie deeper than {root}/CLASS, {deep[0]}"
+        say(f"{fault}: they are not used", stream=sys.stderr)
     found = {}  # photo's bytes, hashed -> its path and tags
     for folder in [*folders, root]:
         for photo in photos_of(folder):
@@ -415,28 +427,34 @@ def tags_of_table(path):
     the first row has them; tags apart by spaces, commas or cells; quotes and a header as
     spreadsheets write them. Raises InputError."""
     text = read_text(path)
-    delimiter = max(";\t,", key=text.strip().split("\n")[0].count)
+    first = next((line for line in text.splitlines() if re.search("[;\t,]", line)), "")
+    delimiter = max(";\t,", key=first.count)
     how = {"delimiter": delimiter, "skipinitialspace": True, "strict": True}
     found = {}
     with refusing(f"{path}: not a table", "expected rows of a file and its tags; mend it"):
         rows = list(csv.reader(io.StringIO(text), **how))
     rows = [(n, *row) for n, row in enumerate(rows, 1) if "".join(row).strip()]
     for n, name, *tags in rows:
-        photo = path.parent / name.strip()
-        if n == rows[0][0] and photo.suffix.lower() not in ENDINGS:
+        photo = Path(os.path.normpath(path.parent / name.strip()))
+        if n == rows[0][0] and not photo.suffix:
             continue  # a header
-        inside = path.parent in Path(os.path.normpath(photo)).parents
+        inside = path.parent in photo.parents
         need(inside, f"{path}: row {n}, {name!r}; expected a file below its folder; correct it")
         found.setdefault(photo, set()).update(re.findall(r"[^\s,;]+", " ".join(tags)))
+    columns = set().union(*found.values()) == {"0", "1"}
+    need(not columns, f"{path}: tags 0 and 1; expected names, `1.jpg,cat dog`; write them")
     return found
 
 
 def photos_of(path):
-    """The pictures in a folder, sorted, of every usual ending; those of a devkit's list of ids,
-    ROOT/ImageSets/Segmentation/SPLIT.txt; a path to anything else as it is. Raises InputError."""
+    """The pictures in a folder, sorted, of every usual ending, but hidden ones and those that
+    sgseg.py writes; those of a devkit's list of ids, ROOT/ImageSets/Segmentation/SPLIT.txt; a
+    path to anything else as it is. Raises InputError."""
     path = Path(path)
     if path.is_dir():
-        return [p for p in sorted(path.glob("*")) if p.suffix.lower() in ENDINGS]
+        need(os.access(path, os.R_OK | os.X_OK), f"{path}: may not be read; expected to; mend it")
+        pictures = [p for p in sorted(path.glob("[!.]*")) if p.suffix.lower() in ENDINGS]
+        return [p for p in pictures if not p.stem.endswith("_stages")]
     if path.suffix == ".txt":
         ids = read_list(path)
         lists = Path(os.path.abspath(path)).parent  # not resolved: a list may be a link
@@ -718,7 +736,7 @@ def report(path):
         taken = {*kits[0].image_paths, *kits[0].mask_paths}
         others = [p for p in kits[0].root.rglob("*") if p.is_file() and p not in taken]
         names = ", ".join(str(p.relative_to(kits[0].root)) for p in sorted(others)[:10])
-        say(f"  {len(others)} other files, no photos or copies of one: {names}")
+        say(f"  {len(others)} other files, not used (or copies of a photo): {names}")
     need(not faults, *faults)
 
 
@@ -727,6 +745,6 @@ if __name__ == "__main__":
         fine = len(sys.argv) == 2 and not sys.argv[1].startswith("-")
         need(fine, "python data.py PATH; expected one folder")
         report(sys.argv[1])
-    except InputError as fault:
+    except (InputError, PermissionError) as fault:
         say(f"data.py: {fault}", stream=sys.stderr)
         sys.exit(2)

@@ -49,7 +49,7 @@ def conv_bn(c_in, c_out, kernel=3, stride=1):
 class Backbone(nn.Module):
     """What the network asks of a backbone: these attributes, and forward(x) -> F_low, F_mid,
     F_high for x normalised by mean and std. Your own: the recipe in the README; what it holds
-    beside layers must be registered buffers."""
+    beside layers must be persistent buffers."""
 
     channels = None  # of F_low, F_mid, F_high
     mean = (0.485, 0.456, 0.406)  # torchvision's ImageNet statistics
@@ -356,6 +356,7 @@ class SGSeg(nn.Module):
         its argmax."""
         k, q = self.leading(read_image(image))
         p = torch.zeros(len(self.classes), *q.shape[1:], device=q.device)
+        q = q + 1e-9  # where the filter's clamp leaves nothing, all are alike
         p[k] = q / q.sum(0)
         return p
 
@@ -446,7 +447,10 @@ def show_stages(photo, tag=None):
     bar = torch.linspace(1, 0, image.height)[:, None].expand(-1, image.width)
     row["from 1 to 0"] = data.heat(Image.new("L", image.size), bar)
     path = Path(photo).with_name(f"{Path(photo).stem}_stages.png")
-    data.write(path, data.sheet([row], 240))
+    drawn = data.sheet([row], 240)
+    ours = not path.exists() or read_image(path).width == drawn.width
+    need(ours, f"{path}: not ours, would be overwritten; expected none; rename it")
+    data.write(path, drawn)
     return f"{photo} -> {path}: {tag}, ImageNet class {' '.join(map(str, group))}"
 
 
@@ -462,9 +466,9 @@ def main(argv=None):
     status = 0
     for path in given.photos:
         try:
-            photos = [p for p in data.photos_of(path) if not p.stem.endswith("_stages")]
-            need(photos, f"{path}: no photo in it; expected some, not our own; name another")
-        except InputError as fault:
+            photos = data.photos_of(path)
+            need(photos, f"{path}: no photo in it; expected some; name another")
+        except (InputError, PermissionError) as fault:
             photos = []
             say(f"sgseg: {fault}", stream=sys.stderr)
             status = 2

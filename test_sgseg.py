@@ -907,6 +907,13 @@ def test_probabilities_sum_to_one_and_segment_is_their_argmax(finished, toy):
         assert p.min() >= 0 and (p.argmax(0).numpy() == net.segment(path)).all()
 
 
+def test_probabilities_where_nothing_is_left(finished, toy, monkeypatch):
+    """The filter's clamp can leave 0 of every class."""
+    monkeypatch.setattr(refine, "self_guided", lambda q, I, *_: 0 * refine.up(q, I.shape[-2:]))
+    p = SGSeg.load(finished).probabilities(toy / JPG)
+    assert torch.allclose(p.sum(0), torch.ones(97, 97))
+
+
 def test_segment_takes_paths_pictures_and_arrays(finished, toy, tmp_path):
     net = SGSeg.load(finished / "model.pt")
     path = VOC(toy, "val").image_paths[0]
@@ -1122,8 +1129,28 @@ def test_exif_rotation_and_long_images(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (40, 20)).save(tmp_path / "r.jpg", exif=exif)
     assert read_image(tmp_path / "r.jpg").size == (20, 40)
+    assert read_image(Image.open(tmp_path / "r.jpg")).size == (20, 40)
     Image.new("RGB", (10000, 40)).save(tmp_path / "long.jpg")
     assert data.aligned(read_image(tmp_path / "long.jpg"), 500).size == (497, 17)
+
+
+def test_photos_of_floats_are_refused(tmp_path):
+    Image.fromarray(np.full((20, 20), 0.5, np.float32)).save(tmp_path / "f.tif")
+    assert "of floats" in refused(read_image, tmp_path / "f.tif")
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.jpg", b"a" * 240 + b".jpg"])
+def test_names_that_no_result_could_have_are_refused(name, album, copied, capsys):
+    """Not UTF-8, as old archives have them; longer than a mask's name may be. The others go on."""
+    disc = album / "disc"
+    path = disc / os.fsdecode(name)
+    shutil.copy(next(disc.glob("*.JPG")), path)
+    (disc / "x.jpg").write_bytes(path.read_bytes() + b"0")
+    next(disc.glob("*.JPG")).unlink()
+    assert "rename it" in refused(data.Photos(album).scan)
+    assert train.main(["--out", str(copied), "--segment", str(path), str(disc / "x.jpg")]) == 2
+    assert "rename it" in complaint(capsys)
+    assert "x.jpg" in (copied / "segmented/areas.csv").read_text("utf-8-sig")
 
 
 def test_what_pillow_warns_of_prints_nothing(tmp_path):
@@ -2088,6 +2115,27 @@ def test_a_run_goes_on_where_its_data_has_moved(kit, finished, tmp_path, monkeyp
     assert differing(product(finished), product(tmp_path / "moved")) == []
 
 
+def test_a_photo_that_changed_its_size_is_named(kit, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main(options(kit, out)) == 0
+    Image.open(kit / JPG).resize((60, 60)).save(kit / JPG)
+    shutil.rmtree(kit / "SegmentationClass")
+    assert resume(out) == 2
+    said = complaint(capsys)
+    assert f"{Path(JPG).stem}.png" in said and "restore the image" in said
+
+
+def test_a_path_without_permission_gets_one_line(monkeypatch, capsys):
+    def denied(*_):
+        raise PermissionError(13, "Permission denied", "/private")
+
+    monkeypatch.setattr(train, "command", denied)
+    monkeypatch.setattr(data, "photos_of", denied)
+    for main in (train.main, sgseg.main):
+        assert main(["/private"]) == 2
+        assert "'/private'" in complaint(capsys)
+
+
 def test_a_run_goes_on_without_the_weights_that_it_began_with(toy, tmp_path, monkeypatch):
     """Its checkpoint holds better ones: --weights was relative, then the file is gone."""
     monkeypatch.chdir(tmp_path)
@@ -2689,6 +2737,27 @@ def test_tables_of_tags_name_photos_that_are_there(toy, tmp_path):
     assert "A.jpg: no such file" in refused(data.Photos(tmp_path).scan)
     (tmp_path / "tags.csv").write_text('a.jpg,"disc\n')
     assert "not a table" in refused(data.Photos, tmp_path)
+    (tmp_path / "tags.csv").write_text("b.gif,disc\na.jpg,cross\n")  # no header either
+    assert "b.gif: no such file" in refused(data.Photos(tmp_path).scan)
+    (tmp_path / "tags.csv").write_text("file,cat,dog\na.jpg,1,0\nb.jpg,0,1\n")
+    assert "tags 0 and 1" in refused(data.Photos, tmp_path)
+    shutil.copy(toy / JPG, tmp_path / "b.jpg")
+    (tmp_path / "tags.csv").write_text("a.jpg\nb.jpg,disc\nx/../b.jpg,cross\n")
+    photos = data.Photos(tmp_path)
+    assert photos.ids == ["a", "b"] and photos.found_tags == [set(), {"disc", "cross"}]
+
+
+def test_pictures_that_are_no_photos_of_a_class(album, capsys):
+    """Hidden ones, what sgseg.py wrote, and those in deeper folders, which are warned of."""
+    n = len(data.Photos(album).ids)
+    photo = next(album.glob("disc/*.JPG"))
+    (photo.parent / "deep").mkdir()
+    for name in ("._a.jpg", "a_stages.png", "deep/a.jpg"):
+        (photo.parent / name).write_bytes(photo.read_bytes() + b"0")
+    capsys.readouterr()
+    assert len(data.Photos(album).ids) == n
+    said = capsys.readouterr().err
+    assert said.startswith("warning: 1 photos lie deeper") and "deep/a.jpg" in said
 
 
 def test_areas_are_the_shares_of_the_masks(finished, toy):
@@ -2955,6 +3024,10 @@ def test_the_four_stages_of_a_photo_without_training(tmp_path, capsys):
     assert "cat, ImageNet class" in said.out and "bad.jpg" in said.err
     assert Image.open(tmp_path / "p_stages.png").width == 7 * 244
     sgseg.main([str(tmp_path), "--tag", "cat"])  # again: its own pictures are no photos
+    (tmp_path / "p_stages.png").write_bytes(photo.read_bytes())
+    capsys.readouterr()
+    assert sgseg.main([str(photo), "--tag", "cat"]) == 2 and "not ours" in complaint(capsys)
+    assert (tmp_path / "p_stages.png").read_bytes() == photo.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jpg", "p.jpg", "p_stages.png"]
     with pytest.raises(SystemExit):
         sgseg.main([str(photo), "--tag", "dragon"])

@@ -557,7 +557,7 @@ class Run:
 
     def label(self, i, r):
         """(H,W) uint8 pseudo label of training image i in round r. Raises InputError."""
-        return data.read_mask(self.label_path(i, r), len(self.voc.classes))
+        return data.read_mask(self.label_path(i, r), len(self.voc.classes), self.voc.sizes[i])
 
 
 def plain(value):
@@ -877,7 +877,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         say(STOPPED, stream=sys.stderr)
         return 130
-    except InputError as e:
+    except (InputError, PermissionError) as e:
         fault = str(e)
     except (MemoryError, RuntimeError) as e:  # torch's own out-of-memory errors are RuntimeErrors
         fault = "memory is full; expected room; lower --batch, --crop, --size or --workers"

@@ -147,10 +147,15 @@ def main():
     crf = METHODS[given.method][2] is cut_by_crf
     need(refinement.dcrf or not crf, "pydensecrf2: not installed; expected it; pip install it")
     held = train.lock(Path(given.out))  # as long as it lives
+    own = {"voc": str(Path(given.voc).resolve()), "seed": given.seed}
     if given.resume:
-        run = train.reopen(given.out, {}, ())
+        run = train.reopen(given.out, own, ())
+        fine = given.method in run.about["command"] and not given.other
+        need(
+            fine, f"{given.out}: begun with another METHOD or --from; expected its own; correct it"
+        )
     else:
-        own = {"voc": given.voc, "out": given.out, "seed": given.seed, "device": "cpu"}
+        own |= {"out": given.out, "device": "cpu"}
         run = train.begin(train.check(train.Config(**own)), sys.argv, given.other)
     need(all(run.voc.mask_paths), f"{given.voc}: masks are missing; expected all; add them")
     train.train(run, annotator(given.method, run))

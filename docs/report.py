@@ -149,7 +149,7 @@ def worst(folder, config, names, most=10):
             shown.append(data.overlay(image, data.read_mask(mask, 255)))
         pictures = "".join(picture(one, 300) for one in shown)
         rows.append(
-            f"<figure>{pictures}<figcaption>{kit.ids[i]}: {score:.1%}</figcaption></figure>"
+            f"<figure>{pictures}<figcaption>{html.escape(kit.ids[i])}: {score:.1%}</figcaption></figure>"
         )
     rows[:0] = (
         ["<p>Photo, last label, mask; mean IoU of the classes in the mask.</p>"] if rows else []
