@@ -1,4 +1,4 @@
-"""Other methods' labels in our network (no table yet): python docs/comparison.py METHOD VOC OUT
+"""Other methods' labels in our network: python docs/comparison.py METHOD VOC OUT
 
 The same network, weights, photos, steps and scoring as `python train.py --voc VOC`; only what
 makes the labels differs. METHOD is a name of METHODS below. All start from the CAM head in round 1
