@@ -167,7 +167,7 @@ def track(name, items, note=None):
 def decoded(path, convert):
     """convert(PIL image in path). Raises InputError."""
     name = os.fsencode(Path(path).name)
-    writable = os.fsencode(path) == str(path).encode(errors="replace") and len(name) < 235
+    writable = os.fsencode(path) == str(path).encode(errors="replace") and len(name) <= 235
     need(writable, f"{path}: not UTF-8, or a name of over 235 bytes; expected less; rename it")
     content = io.BytesIO(read(path))
     fix = f"expected a whole image ({', '.join(FORMATS)}); replace it"
@@ -177,9 +177,8 @@ def decoded(path, convert):
             small = min(image.size) < 16 or image.width * image.height > 64_000_000
             fault = f"{path}: {image.size} pixels; expected 16 or more a side, at most 64 million"
             need(not small, f"{fault}; resize it")
-            need(
-                image.mode != "F", f"{path}: of floats; expected 8 or 16 bits a channel; convert it"
-            )
+            fault = f"{path}: of floats; expected 8 or 16 bits a channel; convert it"
+            need(image.mode != "F", fault)
             return convert(image)
 
 
@@ -207,7 +206,9 @@ def read_mask(path, num_classes, size=None):
     if it is to be compared. Raises InputError."""
     mode, mask = decoded(path, lambda image: (image.mode, np.array(image)))
     found = f"{path}: mode {mode}, {mask.shape[1::-1]} pixels"
-    fix = f"expected an indexed PNG of its image's {size or 'size'}; re-export it, or restore the image"
+    fix = (
+        f"expected an indexed PNG of its image's {size or 'size'}; re-export it, or mend the image"
+    )
     need(mode in ("P", "L") and size in (None, mask.shape[::-1]), f"{found}; {fix}")
     wrong = mask[(mask > num_classes) & (mask != IGNORE)]
     fix = f"expected 0..{num_classes} or 255; re-export it with this class list"
@@ -424,8 +425,8 @@ def tags_of_folders(root):
 
 def tags_of_table(path):
     """{photo: set of tags} of a tags.csv with rows `file,cat dog`: commas, semicolons or tabs, as
-    the first row has them; tags apart by spaces, commas or cells; quotes and a header as
-    spreadsheets write them. Raises InputError."""
+    the first row with one has them; tags apart by spaces, commas or cells; quotes and a header (a
+    first cell without a dot) as spreadsheets write them. Raises InputError."""
     text = read_text(path)
     first = next((line for line in text.splitlines() if re.search("[;\t,]", line)), "")
     delimiter = max(";\t,", key=first.count)
@@ -452,7 +453,10 @@ def photos_of(path):
     path to anything else as it is. Raises InputError."""
     path = Path(path)
     if path.is_dir():
-        need(os.access(path, os.R_OK | os.X_OK), f"{path}: may not be read; expected to; mend it")
+        need(
+            os.access(path, os.R_OK | os.X_OK),
+            f"{path}: may not be read; expected rights to; mend them",
+        )
         pictures = [p for p in sorted(path.glob("[!.]*")) if p.suffix.lower() in ENDINGS]
         return [p for p in pictures if not p.stem.endswith("_stages")]
     if path.suffix == ".txt":

@@ -351,8 +351,8 @@ class SGSeg(nn.Module):
         return k[best].to(torch.uint8).cpu().numpy()
 
     def probabilities(self, image):
-        """(K+1,H,W) float32 tensor, the guided softmax of `leading`, scaled to a sum of 1 at
-        every pixel; 0 for classes that lead nowhere. image and errors as for `segment`, which is
+        """(K+1,H,W) float32 tensor, the guided softmax of `leading` plus 1e-9, scaled to a sum of 1
+        at every pixel; 0 for classes that lead nowhere. image and errors as for `segment`, which is
         its argmax."""
         k, q = self.leading(read_image(image))
         p = torch.zeros(len(self.classes), *q.shape[1:], device=q.device)

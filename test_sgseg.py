@@ -1146,7 +1146,6 @@ def test_names_that_no_result_could_have_are_refused(name, album, copied, capsys
     path = disc / os.fsdecode(name)
     shutil.copy(next(disc.glob("*.JPG")), path)
     (disc / "x.jpg").write_bytes(path.read_bytes() + b"0")
-    next(disc.glob("*.JPG")).unlink()
     assert "rename it" in refused(data.Photos(album).scan)
     assert train.main(["--out", str(copied), "--segment", str(path), str(disc / "x.jpg")]) == 2
     assert "rename it" in complaint(capsys)
@@ -2122,7 +2121,7 @@ def test_a_photo_that_changed_its_size_is_named(kit, tmp_path, capsys):
     shutil.rmtree(kit / "SegmentationClass")
     assert resume(out) == 2
     said = complaint(capsys)
-    assert f"{Path(JPG).stem}.png" in said and "restore the image" in said
+    assert f"{Path(JPG).stem}.png" in said and "mend the image" in said
 
 
 def test_a_path_without_permission_gets_one_line(monkeypatch, capsys):
@@ -2684,7 +2683,7 @@ def test_photos_that_all_have_the_same_tags_are_refused(album, tmp_path, capsys)
     shutil.copytree(album / "disc", cats / "cat")
     small = options(cats, tmp_path / "run")
     small[0] = "--photos"
-    for tags in ("cat", "cat, sofa"):
+    for _ in range(2):  # all cat; then all cat and sofa
         assert train.main(small) == 2
         assert "all photos have the same tags" in complaint(capsys)
         shutil.copytree(cats / "cat", cats / "sofa", dirs_exist_ok=True)
@@ -2899,6 +2898,11 @@ def test_a_run_from_the_warm_up_of_another_is_the_same_run(finished, toy, tmp_pa
     (other / "classes.txt").write_text("disc\nsquare\ntriangle\ncross\nring\n")
     assert train.main(options(other, tmp_path / "e", "--from", finished)) == 2
     assert "has other classes or backbone" in complaint(capsys)
+    (finished.parent / "no_config").mkdir()
+    shutil.copy(finished / "warmup.pt", finished.parent / "no_config")
+    (finished.parent / "no_config/config.json").write_text("{")
+    assert train.main(options(toy, tmp_path / "g", "--from", finished.parent / "no_config")) == 2
+    assert "config.json: not a run's" in complaint(capsys)
     more = ("--warmup", 3, "--from", tmp_path / "a")
     assert train.main(options(toy, tmp_path / "f", *more)) == 2
     assert "has another warm-up" in complaint(capsys)

@@ -135,8 +135,8 @@ def fit_cam(run):
     trained, which would unlearn what ImageNet knows of 1000 classes. The constant, mean t - <w,
     mean x>, is dropped, as the head has no bias: s ranks photos, and L_cls makes it a logit during
     the rounds. Ridge also shrinks w, the more the fewer photos: one factor for all classes makes
-    <w_k, x_k> 1/2 on the mean where t is 1. Our choice, measured in docs/CHOICES.md. Left out
-    without ImageNet weights, and where a resumed run has it behind it.
+    <w_k, x_k> 1/2 on the mean where t is 1 (if it is over 1e-4 there). Our choice, measured in
+    docs/CHOICES.md. Left out without ImageNet weights, and where a resumed run has it behind it.
     """
     behind = any(m["what"] in ("fit", "from") for m in run.metrics)
     if run.cfg.weights == "none" or behind:
@@ -173,8 +173,9 @@ def under_maps(net, high, tags):
 
 def ridge(x, t, penalty):
     """w (K,C) = argmin sum_n |t_n - mean t - w z_n|^2 + penalty mean_n |z_n|^2 |w|^2, z = x
-    less its mean, each channel in units of its deviation; w comes back in units of x. x (n,C), t
-    (n,K) float32. Source: ridge regression, Hoerl & Kennard 1970; that we use it is our choice."""
+    less its mean, each channel in units of its deviation; w comes back in units of x. The factor of
+    |w|^2 is at least 1e-9. x (n,C), t (n,K) float32. Source: ridge regression, Hoerl & Kennard
+    1970; that we use it is our choice."""
     deviation = x.std(0, correction=0) + 1e-6
     z = ((x - x.mean(0)) / deviation).double()  # (n,C)
     G = z.T @ z  # (C,C)
@@ -609,8 +610,11 @@ def begin(cfg, argv, other=None):
         net = SGSeg.load(Path(other) / "warmup.pt", cfg.device)
         same = (net.classes, type(net.backbone)) == (run.net.classes, type(run.net.backbone))
         need(same, f"{other}: has other classes or backbone; expected this run's; leave --from out")
-        its = json.loads(data.read_text(Path(other) / "config.json"))["config"]
-        same = (its["warmup"], its["weights"]) == (cfg.warmup, cfg.weights)
+        with refusing(
+            f"{other}/config.json: not a run's", "expected its options; give another run"
+        ):
+            its = json.loads(data.read_text(Path(other) / "config.json"))["config"]
+            same = (its["warmup"], its["weights"]) == (cfg.warmup, cfg.weights)
         need(same, f"{other}: has another warm-up; expected its --warmup and --weights; give them")
         run.net.load_state_dict(net.state_dict())
         run.epoch = cfg.warmup

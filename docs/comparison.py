@@ -151,9 +151,8 @@ def main():
     if given.resume:
         run = train.reopen(given.out, own, ())
         fine = given.method in run.about["command"] and not given.other
-        need(
-            fine, f"{given.out}: begun with another METHOD or --from; expected its own; correct it"
-        )
+        fault = f"{given.out}: begun with another METHOD or --from; expected its own; correct it"
+        need(fine, fault)
     else:
         own |= {"out": given.out, "device": "cpu"}
         run = train.begin(train.check(train.Config(**own)), sys.argv, given.other)

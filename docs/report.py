@@ -148,9 +148,8 @@ def worst(folder, config, names, most=10):
         for mask in (folder / "masks" / f"{kit.ids[i]}.png", kit.mask_paths[i]):
             shown.append(data.overlay(image, data.read_mask(mask, 255)))
         pictures = "".join(picture(one, 300) for one in shown)
-        rows.append(
-            f"<figure>{pictures}<figcaption>{html.escape(kit.ids[i])}: {score:.1%}</figcaption></figure>"
-        )
+        caption = f"<figcaption>{html.escape(kit.ids[i])}: {score:.1%}</figcaption>"
+        rows.append(f"<figure>{pictures}{caption}</figure>")
     rows[:0] = (
         ["<p>Photo, last label, mask; mean IoU of the classes in the mask.</p>"] if rows else []
     )
