@@ -311,7 +311,8 @@ class SGSeg(nn.Module):
     def outputs(self, image, scale=1.0):
         """S (1,K,H/16,W/16), s (1,K), Z (1,K+1,H/8,W/8) of one PIL image, each averaged with its
         mirror image's, and F_mid (1,C,H/8,W/8). H and W are of the form 16n+1, the long side
-        about scale size. float32, on CUDA too: the affinity looks at small differences."""
+        about scale size. float32, on CUDA too: the affinity looks at small differences (there
+        cuDNN's convolutions read 10 bits of a mantissa, TF32)."""
         x = self.input(image, scale)
         S, s, Z, (_, mid, _) = self(x)
         S2, s2, Z2, _ = self(x.flip(3))

@@ -100,6 +100,7 @@ def kit(toy, tmp_path):
 
 SMALL = {"backbone": "tiny", "weights": "none", "crop": 33, "size": 65, "warmup": 1, "rounds": 2}
 SMALL |= {"epochs": 1, "steps": 1, "batch": 8, "radius": 2, "workers": 0, "device": "cpu"}
+CPU = ("--device", "cpu")  # where SGSeg.load puts a network
 
 
 def options(root, out, *more):
@@ -1807,7 +1808,7 @@ def test_the_upper_bound_needs_every_mask(kit, tmp_path, capsys):
 def test_segment_writes_a_palette_mask_of_the_photos_own_size(copied, tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "p.jpg")
-    assert train.main(["--out", str(copied), "--segment", str(tmp_path / "p.jpg")]) == 0
+    assert train.main(["--out", str(copied), "--segment", str(tmp_path / "p.jpg"), *CPU]) == 0
     label = Image.open(copied / "segmented/p.png")
     assert label.size == (70, 50) and label.mode == "P"
     assert Image.open(copied / "segmented/p_overlay.png").size == (70, 50)
@@ -2829,7 +2830,7 @@ def test_segment_is_refused_under_torchrun(copied, toy, monkeypatch, capsys):
 
 def test_segment_a_list_as_the_server_wants_it(copied, toy):
     listed = toy / "ImageSets/Segmentation/val.txt"
-    assert train.main(["--out", str(copied), "--segment", str(listed)]) == 0
+    assert train.main(["--out", str(copied), "--segment", str(listed), *CPU]) == 0
     made = sorted((copied / "results/VOC2012/Segmentation/comp5_test_cls").iterdir())
     assert [path.name for path in made] == [f"{name}.png" for name in VOC(toy, "val").ids]
     label = Image.open(made[0])
@@ -2840,7 +2841,7 @@ def test_segment_a_list_as_the_server_wants_it(copied, toy):
 def test_segment_softly_and_at_many_scales(copied, toy):
     net = SGSeg.load(copied)
     out = copied / "segmented"
-    argv = ["--out", str(copied), "--segment", str(toy / JPG)]
+    argv = ["--out", str(copied), "--segment", str(toy / JPG), *CPU]
     assert train.main([*argv, "--soft"]) == 0
     soft = np.load(out / "toy_0003.npz")
     p = net.probabilities(toy / JPG).numpy()
@@ -3332,6 +3333,15 @@ def test_training_and_segmenting_work_off_the_main_thread(toy, finished, tmp_pat
 
 
 # ---- several processes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
+def test_several_processes_want_a_gpu_each(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert train.check(train.Config(device=device)).device.startswith("cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "2 processes, 1 GPU" in refused(train.check, train.Config(device=device))
+    assert train.check(train.Config(device="cpu")).device == "cpu"
 
 
 def as_rank(rank, number, port, n):

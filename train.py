@@ -26,6 +26,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before torch is there: no traceback
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one line a fault, and that is ours
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one order of adding on CUDA
 
 import numpy as np
 import torch
@@ -577,6 +579,10 @@ def assemble(cfg, argv=(), fresh=True):
         data.make_toy(toy)
     voc = data.Photos(cfg.photos) if cfg.photos else data.VOC(cfg.voc or toy, "train")
     torch.manual_seed(cfg.seed)
+    # On CUDA, too, gradients are summed in one order, so that a run can be repeated; not so L_seg
+    # as it is printed, of which torch would warn.
+    torch.use_deterministic_algorithms(cfg.device != "cpu", warn_only=True)
+    warnings.filterwarnings("ignore", "nll_loss2d_forward")
     numbers = (cfg.size, cfg.favour, cfg.radius, cfg.eps, cfg.self_guided)
     net = SGSeg(voc.classes, cfg.backbone, *numbers)
     pretrained = cfg.weights != "none"
@@ -695,6 +701,10 @@ def check(cfg):
     cuda = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     devices = ["cuda", *cuda, "cpu"] if cuda else ["cpu"]
     cfg.device = devices[0] if cfg.device == "auto" else cfg.device
+    number = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    fine = number == 1 or cfg.device == "cpu" or cfg.device == "cuda" and number <= len(cuda)
+    fault = f"{number} processes, {len(cuda)} GPUs: --device {cfg.device} cannot work"
+    need(fine, f"{fault}; expected --device cuda, a GPU each, or --device cpu; change it")
     least = {"epochs": 1, "steps": 1, "batch": 1, "rounds": 0, "radius": 0, "seed": 0}
     least["workers"] = -1
     ok = {name: (n <= getattr(cfg, name) < 2**31, f"{n} or more") for name, n in least.items()}
@@ -824,7 +834,7 @@ def start_run(folder, jobs, given, defaults, argv):
     free = ("voc", "photos", "out", "device", "workers")
     rank, number = processes()
     if rank:
-        dist.barrier()
+        everyone(None)
         run = reopen(folder, given, free)
     else:
         held = lock(folder)
@@ -834,8 +844,7 @@ def start_run(folder, jobs, given, defaults, argv):
             cfg = check(Config(**defaults | given | {"out": str(folder)}))
             run = begin(cfg, argv, jobs["from"])
         run.lock = held
-        if number > 1:
-            dist.barrier()
+        everyone(None)
     return run
 
 

@@ -88,16 +88,16 @@ def prepared(method, net, image, tags, cfg, r):
     """What the method cuts, (1,P,H,W), or (1,P+1,H,W) scores for EM, and the classes (P,)."""
     guide, transfer, how = METHODS[method]
     classes = tags.nonzero()[:, 0].tolist()
-    I = data.to_tensor(image)[None]  # (1,3,H,W)
+    I = data.to_tensor(image)[None].to(net.mean.device)  # (1,3,H,W)
     if how is em:
         S, _, Z, _ = net.outputs(image)
         scores = Z if r > 1 else torch.cat([torch.zeros_like(S[:, :1]), S], 1)
-        return refine.up(scores[:, [0, *(k + 1 for k in classes)]], I.shape[-2:]), classes
+        return refine.up(scores[:, [0, *(k + 1 for k in classes)]], I.shape[-2:]).cpu(), classes
     ours = transfer is refine.self_guided
     _, guided, maps, _ = train.label_image(
         net, image, tags, replace(cfg, affinity=guide, self_guided=ours), r
     )
-    return with_pamr(guided, I) if transfer is with_pamr else maps, classes
+    return (with_pamr(guided, I) if transfer is with_pamr else maps).cpu(), classes
 
 
 def choose(method, run, r):
@@ -154,8 +154,8 @@ def main():
         fault = f"{given.out}: begun with another METHOD or --from; expected its own; correct it"
         need(fine, fault)
     else:
-        own |= {"out": given.out, "device": "cpu"}
-        run = train.begin(train.check(train.Config(**own)), sys.argv, given.other)
+        cfg = train.check(train.Config(**own, out=given.out))
+        run = train.begin(cfg, sys.argv, given.other)
     need(all(run.voc.mask_paths), f"{given.voc}: masks are missing; expected all; add them")
     train.train(run, annotator(given.method, run))
     train.evaluate(run)
