@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -745,6 +746,7 @@ def report(path):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
     try:
         fine = len(sys.argv) == 2 and not sys.argv[1].startswith("-")
         need(fine, "python data.py PATH; expected one folder")

@@ -21,6 +21,7 @@ and heads are our choice.
 
 import argparse
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 
@@ -483,4 +484,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
     sys.exit(main())

@@ -1337,6 +1337,15 @@ def test_one_mask_that_contradicts_its_tags_is_the_photos_own_matter(kit):
     VOC(kit, "val").scan(masks=True)
 
 
+def test_training_masks_that_are_all_255_score_nothing(copied, kit):
+    for name in VOC(kit, "train").ids:
+        path = kit / f"SegmentationClass/{name}.png"
+        data.palette_image(np.full((97, 97), 255)).save(path)
+    assert train.main(["--eval", str(copied), "--voc", str(kit), *CPU]) == 0
+    text = (copied / "results.json").read_text()
+    assert "NaN" not in text and json.loads(text)["labels round1"]["decided"] == 0
+
+
 def test_missing_val_masks_are_named_and_counted(kit, tmp_path, capsys):
     (kit / "SegmentationClass/toy_0017.png").unlink()
     assert train.main(options(kit, tmp_path / "run")) == 2
@@ -3268,9 +3277,12 @@ def test_docs_scripts_run(learnt, toy, tmp_path):
     for n, (script, *argv) in enumerate(scripts):
         argv = [HERE / "docs" / script, *argv]
         processes.append(alone(tmp_path / f"log{n}", script_alone, argv))
+    wrong = alone(tmp_path / "wrong", script_alone, [HERE / "docs/table.py", tmp_path / "none"])
     for n, process in enumerate(processes):
         said = ended(process), (tmp_path / f"log{n}").read_text()
         assert said == (0, "") and (tmp_path / f"log{n}.out").read_text()
+    assert ended(wrong) == 2
+    assert (tmp_path / "wrong").read_text().count("\n") == 1
     assert (tmp_path / "p.png").exists() and (tmp_path / "f/toy_0250.png").exists()
 
 

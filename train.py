@@ -487,7 +487,7 @@ def score_stages(run):
             decided = np.where(label == IGNORE, IGNORE, truth)
             C[name] += data.confusion(decided, label, len(names))
     C = {name: total(matrix) for name, matrix in C.items()}
-    pixels = C["train cam"].sum()  # maps cut at one t leave no pixel undecided
+    pixels = max(1, C["train cam"].sum())  # maps cut at one t leave no pixel undecided
     share = {name: float(matrix.sum() / pixels) for name, matrix in C.items()}
     return {name: data.summary(C[name], names) | {"decided": share[name]} for name in C}
 

@@ -26,7 +26,7 @@ import data
 import refine
 import refinement
 import train
-from data import InputError, need
+from data import InputError, need, say
 
 GRID = [t / 100 for t in range(15, 75, 5)]  # of t, from half the band on; EM reads it its own way
 TUNING = 60  # photos that choose t
@@ -166,4 +166,5 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as fault:
-        sys.exit(f"comparison.py: {fault}")
+        say(f"comparison.py: {fault}", stream=sys.stderr)
+        sys.exit(2)

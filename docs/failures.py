@@ -13,7 +13,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
-from data import IGNORE, InputError, need
+from data import IGNORE, InputError, need, say
 from sgseg import SGSeg
 
 
@@ -60,4 +60,5 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as fault:
-        sys.exit(f"failures.py: {fault}")
+        say(f"failures.py: {fault}", stream=sys.stderr)
+        sys.exit(2)

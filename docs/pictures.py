@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import train
-from data import InputError, need
+from data import InputError, need, say
 from sgseg import SGSeg
 
 
@@ -66,4 +66,5 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as fault:
-        sys.exit(f"pictures.py: {fault}")
+        say(f"pictures.py: {fault}", stream=sys.stderr)
+        sys.exit(2)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import refine
 import train
-from data import IGNORE, InputError, need
+from data import IGNORE, InputError, need, say
 from sgseg import SGSeg
 
 try:
@@ -326,4 +326,5 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as fault:
-        sys.exit(f"refinement.py: {fault}")
+        say(f"refinement.py: {fault}", stream=sys.stderr)
+        sys.exit(2)

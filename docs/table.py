@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import CORE, InputError, need, read_text, refusing
+from data import CORE, InputError, need, read_text, refusing, say
 
 
 def read_run(folder):
@@ -108,4 +108,5 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as fault:
-        sys.exit(f"table.py: {fault}")
+        say(f"table.py: {fault}", stream=sys.stderr)
+        sys.exit(2)

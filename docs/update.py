@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from data import InputError, need
+from data import InputError, need, say
 
 
 def bare(run, batch, steps):
@@ -55,4 +55,5 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as fault:
-        sys.exit(f"update.py: {fault}")
+        say(f"update.py: {fault}", stream=sys.stderr)
+        sys.exit(2)
