@@ -638,7 +638,6 @@ def announce(run):
     steps = (epochs_before(cfg, cfg.rounds + 1) - run.epoch) * len(loader)
     y = run.voc.tags[: loader.batch_size].to(cfg.device)
     x = torch.zeros(len(y), 3, cfg.crop, cfg.crop, device=cfg.device)
-    image = read_image(run.voc.image_paths[0])
     run.net.eval()
     for _ in range(2):  # the first time is slower
         start = time.time()
@@ -647,9 +646,10 @@ def announce(run):
         run.opt.zero_grad()
         L.item()  # waits for CUDA
         middle = time.time()
+        image = read_image(run.voc.image_paths[0])
         label_image(run.net, image, run.voc.tags[0], cfg, 1)[-1].cpu()
         end = time.time()
-    labels = (cfg.rounds + 2) * len(mine(n))
+    labels = (cfg.rounds + 4) * len(mine(n))  # fit, refines, masks/ and scores
     minutes = (steps * (middle - start) + labels * (end - middle)) / 60
     what = f"{n} photos, {run.voc.tags.shape[1]} classes, rounds: {cfg.rounds}, steps: {steps}"
     say(f"{what}; about {minutes:.0f} minutes, given {cfg.device}")
