@@ -25,6 +25,9 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, now and later: no traceback
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
@@ -746,7 +749,6 @@ def report(path):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
     try:
         fine = len(sys.argv) == 2 and not sys.argv[1].startswith("-")
         need(fine, "python data.py PATH; expected one folder")

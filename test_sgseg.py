@@ -3352,8 +3352,29 @@ def test_several_processes_want_a_gpu_each(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert train.check(train.Config(device=device)).device.startswith("cuda")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
     assert "2 processes, 1 GPU" in refused(train.check, train.Config(device=device))
     assert train.check(train.Config(device="cpu")).device == "cpu"
+
+
+@pytest.mark.parametrize("gpu, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_processes_meet_on_the_cpu_even_beside_a_gpu(gpu, backend, monkeypatch):
+    said = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(train.dist, "init_process_group", said.append)
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    train.meet()
+    assert said == [backend]
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_gradients_are_summed_in_one_order_on_cuda_alone(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    for wanted in (True, False):
+        train.in_one_order(wanted)
+        assert torch.are_deterministic_algorithms_enabled() == (gpu and wanted)
 
 
 def as_rank(rank, number, port, n):

@@ -82,7 +82,7 @@ class Config:
     # machine
     seed: int = 0  # of weights, order and augmentation
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    workers: int = -1  # loader processes; -1: none on a CPU, 4 with CUDA; never changes the result
+    workers: int = -1  # loader processes; -1: none on a CPU, up to 4 with CUDA; changes no result
 
 
 # What the toy set wants otherwise (our choice: solved in a minute on two cores)
@@ -286,7 +286,7 @@ def batches(run, r, epoch):
     paths = run.voc.mask_paths if cfg.supervised else [run.label_path(i, r) for i in ids]
     crops = (cfg.crop, cfg.size, cfg.scale, cfg.seed, epoch, paths if r else None)
     cuda = cfg.device.startswith("cuda")
-    workers = 4 * cuda if cfg.workers < 0 else cfg.workers
+    workers = min(4, os.cpu_count()) * cuda if cfg.workers < 0 else cfg.workers
     how = {"sampler": order, "pin_memory": cuda, "num_workers": workers, "worker_init_fn": hush}
     return torch.utils.data.DataLoader(data.Crops(run.voc, *crops), batch // number, **how)
 
@@ -304,6 +304,7 @@ def update(run, r):
     first = epochs_before(cfg, r)
     end = epochs_before(cfg, r + 1)
     net = run.net
+    in_one_order(cfg.device != "cpu")
     if dist.is_initialized() and run.epoch < end:
         net = DistributedDataParallel(net, find_unused_parameters=True)  # averages gradients
     for epoch in range(max(first, run.epoch), end):
@@ -327,6 +328,15 @@ def update(run, r):
         row = {"L_cls": mean[0], "L_seg": mean[1], "lr": cfg.lr * decay, "images_per_s": rate}
         run.log("update", round=r, **row)
         run.save()
+    in_one_order(False)
+
+
+def in_one_order(wanted):
+    """CUDA sums the gradient of bilinear interpolation in any order, unless told not to: then a
+    run can be repeated. L_seg itself, of which torch would warn, is only printed."""
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(wanted, warn_only=True)
+        warnings.filterwarnings("ignore", "nll_loss2d_forward")
 
 
 def update_step(run, net, batch, decay, where):
@@ -354,7 +364,8 @@ def update_step(run, net, batch, decay, where):
 def meet():
     """One of torchrun's processes meets the others; the first alone prints what goes well."""
     if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
-        dist.init_process_group()
+        both = "cpu:gloo,cuda:nccl"  # with a GPU torch would start nccl alone, which has no CPU
+        dist.init_process_group(both if torch.cuda.is_available() else "gloo")
         rank = int(os.environ["LOCAL_RANK"])
         if rank < torch.cuda.device_count():
             torch.cuda.set_device(rank)  # what "cuda" means from here on
@@ -579,10 +590,8 @@ def assemble(cfg, argv=(), fresh=True):
         data.make_toy(toy)
     voc = data.Photos(cfg.photos) if cfg.photos else data.VOC(cfg.voc or toy, "train")
     torch.manual_seed(cfg.seed)
-    # On CUDA, too, gradients are summed in one order, so that a run can be repeated; not so L_seg
-    # as it is printed, of which torch would warn.
-    torch.use_deterministic_algorithms(cfg.device != "cpu", warn_only=True)
-    warnings.filterwarnings("ignore", "nll_loss2d_forward")
+    if cfg.device.startswith("cuda:"):
+        torch.cuda.set_device(cfg.device)  # the loaders' memory, too, is this GPU's
     numbers = (cfg.size, cfg.favour, cfg.radius, cfg.eps, cfg.self_guided)
     net = SGSeg(voc.classes, cfg.backbone, *numbers)
     pretrained = cfg.weights != "none"
@@ -701,7 +710,7 @@ def check(cfg):
     cuda = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     devices = ["cuda", *cuda, "cpu"] if cuda else ["cpu"]
     cfg.device = devices[0] if cfg.device == "auto" else cfg.device
-    number = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    number = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
     fine = number == 1 or cfg.device == "cpu" or cfg.device == "cuda" and number <= len(cuda)
     fault = f"{number} processes, {len(cuda)} GPUs: --device {cfg.device} cannot work"
     need(fine, f"{fault}; expected --device cuda, a GPU each, or --device cpu; change it")
