@@ -210,9 +210,8 @@ def read_mask(path, num_classes, size=None):
     if it is to be compared. Raises InputError."""
     mode, mask = decoded(path, lambda image: (image.mode, np.array(image)))
     found = f"{path}: mode {mode}, {mask.shape[1::-1]} pixels"
-    fix = (
-        f"expected an indexed PNG of its image's {size or 'size'}; re-export it, or mend the image"
-    )
+    side = size or "size"
+    fix = f"expected an indexed PNG of its image's {side}; re-export it, or mend the image"
     need(mode in ("P", "L") and size in (None, mask.shape[::-1]), f"{found}; {fix}")
     wrong = mask[(mask > num_classes) & (mask != IGNORE)]
     fix = f"expected 0..{num_classes} or 255; re-export it with this class list"
@@ -457,10 +456,8 @@ def photos_of(path):
     path to anything else as it is. Raises InputError."""
     path = Path(path)
     if path.is_dir():
-        need(
-            os.access(path, os.R_OK | os.X_OK),
-            f"{path}: may not be read; expected rights to; mend them",
-        )
+        readable = os.access(path, os.R_OK | os.X_OK)
+        need(readable, f"{path}: may not be read; expected rights to; mend them")
         pictures = [p for p in sorted(path.glob("[!.]*")) if p.suffix.lower() in ENDINGS]
         return [p for p in pictures if not p.stem.endswith("_stages")]
     if path.suffix == ".txt":

@@ -2037,9 +2037,10 @@ print("went on")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{train.STOPPED}\n")
 
 
-def test_ctrl_c_while_torch_is_being_imported():
+@pytest.mark.parametrize("program", ["train.py", "sgseg.py", "data.py"])
+def test_ctrl_c_while_torch_is_being_imported(program):
     process = subprocess.Popen(
-        [sys.executable, HERE / "train.py", "--eval", "/nowhere"],
+        [sys.executable, HERE / program, "/nowhere"],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -3375,6 +3376,35 @@ def test_gradients_are_summed_in_one_order_on_cuda_alone(gpu, monkeypatch):
     for wanted in (True, False):
         train.in_one_order(wanted)
         assert torch.are_deterministic_algorithms_enabled() == (gpu and wanted)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1"])
+def test_an_update_on_cuda_adds_in_one_order(device, monkeypatch):
+    said = []
+    monkeypatch.setattr(train, "in_one_order", said.append)
+    run = SimpleNamespace(cfg=train.Config(device=device), net=None, epoch=0)
+    train.update(run, 0)  # no epoch of warm-up
+    assert said == [device != "cpu", False]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("cores", [1, 2, 16])
+def test_loaders_are_no_more_than_cores(cores, toy, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    run = SimpleNamespace(voc=VOC(toy, "train"), label_path=lambda i, r: None)
+    for device, want in (("cpu", 0), ("cuda", min(4, cores))):
+        run.cfg = train.Config(device=device)
+        assert train.batches(run, 0, 0).num_workers == want
+
+
+def test_the_gpu_that_was_asked_for_is_the_loaders_too(toy, tmp_path, monkeypatch):
+    def said(device):
+        raise LookupError(device)
+
+    monkeypatch.setattr(torch.cuda, "set_device", said)
+    cfg = train.Config(voc=str(toy), out=str(tmp_path), backbone="tiny", device="cuda:1")
+    with pytest.raises(LookupError, match="cuda:1"):
+        train.assemble(cfg)
 
 
 def as_rank(rank, number, port, n):

@@ -625,9 +625,8 @@ def begin(cfg, argv, other=None):
         net = SGSeg.load(Path(other) / "warmup.pt", cfg.device)
         same = (net.classes, type(net.backbone)) == (run.net.classes, type(run.net.backbone))
         need(same, f"{other}: has other classes or backbone; expected this run's; leave --from out")
-        with refusing(
-            f"{other}/config.json: not a run's", "expected its options; give another run"
-        ):
+        wrong = (f"{other}/config.json: not a run's", "expected its options; give another run")
+        with refusing(*wrong):
             its = json.loads(data.read_text(Path(other) / "config.json"))["config"]
             same = (its["warmup"], its["weights"]) == (cfg.warmup, cfg.weights)
         need(same, f"{other}: has another warm-up; expected its --warmup and --weights; give them")
