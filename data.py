@@ -1,23 +1,24 @@
-"""PASCAL VOC as it is distributed: tags for training, masks for scoring only; a toy set in the same
-layout; mIoU; pictures.
+"""What is read from disk and written to it: photos, image tags, masks, crops, scores, pictures.
 
-    python data.py PATH                  what the loader sees in a devkit or a folder of photos
+    python data.py PATH                  print what the loader finds in a devkit or photo folder
 
-Training reads JPEGImages, Annotations and ImageSets; SegmentationClass* is for scoring, and for
-`--supervised`, the upper bound. Other classes than VOC's twenty are named in classes.txt, one a
-line.
+Training reads photos and tags only: JPEGImages, Annotations and ImageSets of a VOC devkit, or a
+folder of tagged photos. SegmentationClass and SegmentationClassAug are opened for scores and for
+`--supervised`, the upper bound. A file classes.txt, one name a line, replaces VOC's twenty classes.
 """
 
 import csv
+import errno
 import hashlib
 import io
 import math
 import os
 import re
+import secrets
 import shutil
-import signal
 import sys
 import time
+import unicodedata
 import warnings
 import xml.etree.ElementTree as ET
 import zipfile
@@ -25,12 +26,10 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, now and later: no traceback
-
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from refine import IGNORE
 
@@ -38,471 +37,362 @@ VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
     "person pottedplant sheep sofa train tvmonitor"
 ).split()
-CORE = {"background", "cat", "cow", "dog", "horse", "person", "sheep"}  # of our first VOC subset
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # JPEG: also MPO, the two-picture files of phones
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-Image.MAX_IMAGE_PIXELS = None  # `decoded` has a limit of its own, and says so itself
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # JPEG includes the MPO files of phones
+ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
+UNREADABLE = (".heic", ".heif", ".avif", ".gif", ".jp2", ".dng", ".cr2", ".nef", ".svg", "")
+MOST_PIXELS = 64_000_000  # of a photo
 
 
-# ---- errors, files, words ------------------------------------------------------------------------
-
-
-class InputError(Exception):
-    """The one error a user can cause: 'file: what is wrong; expected what; fix', a line each."""
-
-    def __init__(self, *faults):
-        own = [fault.split("InputError: ")[-1] for fault in faults]  # without a worker's traceback
-        super().__init__("\n".join(" ".join(fault.split()) for fault in own))
-
-
-def need(ok, *faults):
-    """Raise InputError(*faults) unless ok."""
-    if not ok:
-        raise InputError(*faults)
-
-
-@contextmanager
-def refusing(what, fix):
-    """Whatever a parser, decoder, disk or network raises inside becomes InputError('what; fix')."""
-    try:
-        yield
-    except (InputError, MemoryError):
-        raise
-    except Exception as e:
-        why = re.sub(" <[^>]*>", "", str(e))[:120]  # without the addresses of Python's objects
-        raise InputError(f"{what} ({type(e).__name__}: {why}); {fix}") from None
-
-
-def read(path, limit=2**28):
-    """The bytes of a file, at most `limit`: every file is read here. Raises InputError."""
-    path = Path(path)
-    with refusing(f"{path}: cannot be read", "expected a file that may be read; mend it"):
-        need(path.exists(), f"{path}: no such file; expected one; add it or correct the path")
-        size = path.stat().st_size if path.is_file() else limit + 1
-        need(size <= limit, f"{path}: not a regular file of at most {limit} bytes; replace it")
-        return path.read_bytes()
-
-
-def read_text(path):
-    """The text of a UTF-8 file, with or without a byte order mark. Raises InputError."""
-    with refusing(f"{path}: is not UTF-8", "expected plain text; save it as UTF-8"):
-        return read(path).decode("utf-8-sig")
-
-
-def load(path):
-    """The dict in a checkpoint or weights file, as data: no pickled code ever runs, and the
-    file's own checksums must hold. Raises InputError."""
-    content = io.BytesIO(read(path, limit=2**33))
-    with refusing(f"{path}: not a torch file, or damaged", "expected a whole one; give another"):
-        if zipfile.is_zipfile(content):
-            bad = zipfile.ZipFile(content).testzip()
-            need(bad is None, f"{path}: damaged, wrong checksum of {bad}; give another")
-        content.seek(0)
-        return dict(torch.load(content, map_location="cpu", weights_only=True))
-
-
-def finite(state, source):
-    """A state dict as it is, if all its numbers are finite. Raises InputError."""
-    for name, value in state.items():
-        total = value.sum(dtype=torch.float64)  # ten times as fast as asking every number
-        need(math.isfinite(total), f"{source}: {name} is not finite; expected numbers; mend it")
-    return state
-
-
-def write(path, content):
-    """Text, bytes, a picture (as PNG) or a dict (as `load` reads it) to path: temporary file,
-    fsync, rename: path is always the old or the new whole. All is written here. InputError."""
-    buffer = io.BytesIO()
-    if isinstance(content, Image.Image):
-        content.save(buffer, "PNG")
-    elif isinstance(content, dict):
-        torch.save(content, buffer)
-    else:
-        buffer.write(content.encode() if isinstance(content, str) else content)
-    temporary = Path(f"{path}.tmp")
-    with refusing(f"{path}: cannot be written", "expected a writable folder with space; make room"):
-        try:
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as f:
-                f.write(buffer.getvalue())
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def say(text, end="\n", stream=None):
-    """Print; nothing about printing ends a run: closed, full, an encoding without the letters."""
-    stream = stream or sys.stdout
-    encoding = getattr(stream, "encoding", None) or "ascii"
-    try:
-        print(text.encode(encoding, "replace").decode(encoding), end=end, file=stream, flush=True)
-    except OSError:  # a pipe that nobody reads, a full disk: from now on into the void
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    except (ValueError, RuntimeError):  # closed; a signal's handler that speaks amid other words
-        pass
-
-
-def track(name, items, note=None):
-    """Yield items; progress and the numbers in the dict `note` on one line of a terminal, or
-    every 30 seconds and at the end elsewhere."""
-    terminal = sys.stdout is not None and sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns - 1
-    start = time.time()
-    shown = start
-    for n, item in enumerate(items, 1):
-        yield item
-        now = time.time()
-        last = n == len(items)
-        if last or now - shown > (0.2 if terminal else 30):
-            shown = now
-            rate = n / max(now - start, 1e-9)
-            left = f"{now - start:.1f} s" if last else f"{(len(items) - n) / rate:.0f} s left"
-            numbers = "  ".join(f"{key} {value:.3f}" for key, value in (note or {}).items())
-            line = f"{name} {n}/{len(items)}  {rate:.1f}/s  {left}  {numbers}".rstrip()
-            line = f"\r{line[:width]:<{width}}" if terminal else line
-            say(line, end="" if terminal and not last else "\n")
-
-
-# ---- photos, masks, tags, lists ------------------------------------------------------------------
-
-
-def decoded(path, convert):
-    """convert(PIL image in path). Raises InputError."""
-    name = os.fsencode(Path(path).name)
-    writable = os.fsencode(path) == str(path).encode(errors="replace") and len(name) <= 235
-    need(writable, f"{path}: not UTF-8, or a name of over 235 bytes; expected less; rename it")
-    content = io.BytesIO(read(path))
-    fix = f"expected a whole image ({', '.join(FORMATS)}); replace it"
-    with warnings.catch_warnings(), refusing(f"{path}: cannot be read as an image", fix):
-        warnings.simplefilter("ignore")  # Pillow's: one fault, one line, and that is ours
-        with Image.open(content, formats=FORMATS) as image:
-            small = min(image.size) < 16 or image.width * image.height > 64_000_000
-            fault = f"{path}: {image.size} pixels; expected 16 or more a side, at most 64 million"
-            need(not small, f"{fault}; resize it")
-            fault = f"{path}: of floats; expected 8 or 16 bits a channel; convert it"
-            need(image.mode != "F", fault)
-            return convert(image)
-
-
-def read_image(image):
-    """RGB PIL image, upright (EXIF), of a path, a PIL image or an (H,W,3) uint8 array; grey,
-    CMYK, palette, RGBA and 16-bit files too. Raises InputError for a file, ValueError for
-    another array."""
-    if isinstance(image, (str, Path)):
-        image = decoded(image, ImageOps.exif_transpose)
-    elif isinstance(image, Image.Image):
-        image = ImageOps.exif_transpose(image)
-    else:
-        array = np.asarray(image)
-        if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-            raise ValueError(f"want an (H,W,3) uint8 RGB array, got {array.shape} {array.dtype}")
-        image = Image.fromarray(array)
-    if image.mode.startswith("I"):  # 16-bit grey: keep the upper byte
-        upper = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        image = Image.fromarray(upper.astype(np.uint8))
-    return image.convert("RGB")
-
-
-def read_mask(path, num_classes, size=None):
-    """Palette or grey PNG -> (H,W) uint8 with 0..num_classes and 255. size: the image's (W,H),
-    if it is to be compared. Raises InputError."""
-    mode, mask = decoded(path, lambda image: (image.mode, np.array(image)))
-    found = f"{path}: mode {mode}, {mask.shape[1::-1]} pixels"
-    side = size or "size"
-    fix = f"expected an indexed PNG of its image's {side}; re-export it, or mend the image"
-    need(mode in ("P", "L") and size in (None, mask.shape[::-1]), f"{found}; {fix}")
-    wrong = mask[(mask > num_classes) & (mask != IGNORE)]
-    fix = f"expected 0..{num_classes} or 255; re-export it with this class list"
-    need(not wrong.size, f"{path}: index {wrong[:1]}; {fix}")
-    return mask
-
-
-def read_tags(path, classes):
-    """Set of class names in a VOC annotation: `object/name` directly, never an object's parts.
-    Raises InputError, also on a DOCTYPE: VOC has none, entity bombs need one."""
-    text = read_text(path)
-    fix = "expected <annotation><object><name>; save it as UTF-8 XML"
-    harmless = "<!DOCTYPE" not in text and len(text) <= 1_000_000
-    need(harmless, f"{path}: has a DOCTYPE or a megabyte; {fix}")
-    with refusing(f"{path}: not XML", fix):
-        objects = ET.fromstring(text).findall("object")
-    tags = {(o.findtext("name") or "").strip() for o in objects}
-    unknown = " ".join(sorted(tags - set(classes)))[:60] or "with an empty name"
-    fix = f"expected names among {' '.join(classes)}; mend it, or edit classes.txt"
-    need(tags <= set(classes), f"{path}: tagged {unknown}; {fix}")
-    return tags
-
-
-def read_list(path):
-    """Image ids, one a line. Understood: CRLF, blank lines, the -1/0/1 column of ImageSets/Main
-    (-1 is left out), ids with their ending, and pairs of paths, photo and mask. Raises
-    InputError."""
-    ids = []
-    for line in read_text(path).splitlines():
-        first, *rest = line.split() or [""]
-        plain = rest in ([], ["-1"], ["0"], ["1"]) or rest[0].lower().endswith(".png")
-        need(plain, f"{path}: line {line[:60]!r}; expected an id and perhaps -1, 0 or 1; mend it")
-        if first and rest != ["-1"]:
-            name = Path(first).name
-            ids.append(Path(name).stem if Path(name).suffix.lower() in ENDINGS else name)
-    need(ids, f"{path}: lists no image; expected one id a line; fill it")
-    return list(dict.fromkeys(ids))
-
-
-def read_classes(root, usual):
-    """The class names in ROOT/classes.txt, one a line, no background; without it the usual ones.
-    Raises InputError."""
-    path = root / "classes.txt"
-    names = usual
-    if path.exists():
-        names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    different = 0 < len(set(names)) == len(names) < 255
-    need(different, f"{path}: {len(names)} names; expected 1 to 254 different ones; mend it")
-    for name in names:
-        plain = re.sub("[^a-z]", "", name.lower())
-        taken = plain in ("background", "ignore", "void", "unlabeled", "undecided")
-        fault = f"{root}: class {name}; 0 is the background by itself, 255 undecided"
-        need(not taken, f"{fault}; remove or rename it")
-    return names
-
-
-# ---- the devkit ----------------------------------------------------------------------------------
-
-
-def devkit_in(path):
-    """Where ImageSets/Segmentation is: path, its VOC2012, VOCdevkit/VOC2012, or None: nowhere."""
-    for root in (Path(path), Path(path) / "VOC2012", Path(path) / "VOCdevkit" / "VOC2012"):
-        if (root / "ImageSets" / "Segmentation").is_dir():
-            return root.resolve()
-    return None
+# ---- a devkit ------------------------------------------------------------------------------------
 
 
 class VOC:
-    """One split of a devkit: ids, and for i the photo, its tags y (K,) and its mask, for scoring.
+    """One split of a PASCAL VOC devkit. For image i:
 
-    path is the folder that holds ImageSets, or the one above VOC2012 or VOCdevkit/VOC2012. Where
-    there is a list train_aug, train is that one.
-    image_paths[i] is JPEGImages/ID.jpg (or another ending), mask_paths[i] in SegmentationClassAug
-    or SegmentationClass, None where there is none. tags (n,K) float32 come with `scan`. Raises
-    InputError.
+    ids[i]; image_paths[i]: JPEGImages/ID.jpg (or another ending); tags[i]: image-level labels
+    (K,) float32 in {0,1}; sizes[i]: (width, height); mask_paths[i]: the ground truth, for scoring,
+    in SegmentationClassAug or SegmentationClass, or None. `scan` fills tags and sizes.
+
+    path: the folder that holds ImageSets, or the one above VOC2012 or VOCdevkit/VOC2012.
+    split: a list in ImageSets/Segmentation; "train" reads train_aug.txt where there is one.
+    Raises InputError.
     """
 
     def __init__(self, path, split):
         self.root = devkit_in(path)
-        wrong = "not a VOC devkit" if Path(path).is_dir() else "no such folder"
-        fix = "expected ImageSets/Segmentation in it or in its VOC2012; correct --voc"
-        need(self.root, f"{path}: {wrong}; {fix}")
+        if self.root is None:
+            problem = "is not a VOC devkit" if Path(path).is_dir() else "does not exist"
+            remedy = "Give the folder that holds ImageSets/Segmentation, or one above it"
+            raise InputError(path, problem, remedy, "devkit")
         self.split = split
-        self.classes = read_classes(self.root, VOC_CLASSES)
-        listed = "train_aug" if split == "train" and self.has("train_aug") else split
-        self.image_paths = photos_of(self.root / f"ImageSets/Segmentation/{listed}.txt")
-        self.ids = [path.stem for path in self.image_paths]
-        masks = pictures_in(self.root / "SegmentationClass")
-        masks |= pictures_in(self.root / "SegmentationClassAug")
-        self.mask_paths = [masks.get(name) for name in self.ids]
+        self.class_names = read_classes(self.root, VOC_CLASSES)
+        self.list_path = self._list("train_aug" if split == "train" else split)
+        if not self.list_path.exists():
+            self.list_path = self._list(split)
+        self.ids = read_list(self.list_path)
+        photos = pictures_in(self.root / "JPEGImages")
+        missing = self.root / "JPEGImages"
+        self.image_paths = [photos.get(nfc(name), missing / f"{name}.jpg") for name in self.ids]
+        masks = pictures_in(self.root / "SegmentationClass", (".png",))
+        masks |= pictures_in(self.root / "SegmentationClassAug", (".png",))
+        self.mask_paths = [masks.get(nfc(name)) for name in self.ids]
+
+    def _list(self, split):
+        return self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
 
     def has(self, split):
-        """Whether the devkit lists a split."""
-        return (self.root / f"ImageSets/Segmentation/{split}.txt").exists()
+        """Return whether the devkit has a list of that name."""
+        return self._list(split).exists()
 
     def identity(self):
-        """What a run that goes on must find as it was: classes, ids and tags."""
-        return {"classes": self.classes, "ids": self.ids, "tags": self.tags.tolist()}
-
-    def mask(self, i, size):
-        """(H,W) uint8 ground truth of image i of size (W,H), to measure. Raises InputError."""
-        return read_mask(self.mask_paths[i], len(self.classes), size)
+        """Return what must not change between starting a run and resuming it."""
+        return {"classes": self.class_names, "ids": self.ids, "tags": self.tags.tolist()}
 
     def read_tags(self, i):
-        """Set of class names of photo i; a val photo need not have an XML. Raises InputError."""
-        xml = self.root / "Annotations" / f"{self.ids[i]}.xml"
-        return read_tags(xml, self.classes) if self.split == "train" or xml.exists() else set()
+        """Return the set of class names of photo i. Outside training the XML may be missing."""
+        path = self.root / "Annotations" / f"{self.ids[i]}.xml"
+        if self.split != "train" and not path.exists():
+            return set()
+        return read_tags(path, self.class_names)
+
+    def mask(self, i, size):
+        """Return the ground truth of image i of size (width, height): (H,W) uint8, to measure.
+
+        Raises InputError.
+        """
+        return read_mask(self.mask_paths[i], len(self.class_names), size)
+
+    def contradicts(self, i, mask):
+        """Return whether a mask shows no class at all, or one that image i is not tagged with."""
+        shown = {int(k) - 1 for k in np.unique(mask) if 0 < k < IGNORE}
+        tagged = set(self.tags[i].nonzero()[:, 0].tolist())
+        return not shown if not tagged else not (shown and shown <= tagged)
 
     def scan(self, masks=False, most=10):
-        """Read every photo, every tag and, with masks, every mask there is, before training
-        begins. Sets tags (n,K) float32 and sizes. Raises InputError with at most `most` faults."""
-        self.tags = torch.zeros(len(self.ids), len(self.classes))
+        """Read every photo, its tags and, with `masks`, its mask, before training begins.
+
+        Sets tags (n,K) float32 and sizes. Raises one InputError that lists at most `most` problems.
+        """
+        self.tags = torch.zeros(len(self.ids), len(self.class_names))
         self.sizes = []
-        faults = []
-        contradict = []
-        for i in track(f"scan {self.split}", range(len(self.ids))):
+        problems = []
+        contradicting = []
+        for i in progress(f"reading {self.split}", range(len(self.ids))):
             try:
-                tagged = {self.classes.index(tag) for tag in self.read_tags(i)}
-                self.tags[i, list(tagged)] = 1
+                tagged = [self.class_names.index(name) for name in self.read_tags(i)]
+                self.tags[i, tagged] = 1
                 size = read_image(self.image_paths[i]).size
                 self.sizes.append(size)
-                if masks and self.mask_paths[i]:
-                    shown = {int(k) - 1 for k in np.unique(self.mask(i, size)) if 0 < k < IGNORE}
-                    if tagged and not (shown and shown <= tagged):
-                        contradict.append(self.ids[i])
-            except InputError as fault:
-                faults.append(str(fault))
-        if len(faults) > 1:
-            rest = f"; the first {most}" if len(faults) > most else ""
-            head = f"{len(faults)} files are wrong (python data.py PATH lists all){rest}:"
-            faults = [head, *faults[:most]]
-        need(not faults, *faults)
+                if masks and self.mask_paths[i] and self.contradicts(i, self.mask(i, size)):
+                    contradicting.append(self.ids[i])
+            except InputError as problem:
+                problems.append(problem)
+        raise_all(problems, most)
         if masks:
-            self._check_masks(contradict)
-        shares = self.tags.mean(0).tolist() if self.split == "train" else []
-        fix = "expected photos with and without a class; add some that show something else"
-        need(not shares or {*shares} - {0, 1}, f"{self.root}: all photos have the same tags; {fix}")
-        for name, share in zip(self.classes, shares):
-            if share in (0, 1):
-                how = "no training image is" if share == 0 else "every training image is"
-                cure = "it is not learnt" if share == 0 else "add photos without it to locate it"
-                say(f"warning: {how} tagged {name}: {cure}", stream=sys.stderr)
+            self.check_masks(contradicting)
+        if self.split == "train":
+            self._check_tags()
 
-    def _check_masks(self, contradict):
-        """Refuse val masks of which some are missing, and masks that mostly contradict the tags."""
+    def check_masks(self, contradicting):
+        """Raise InputError if val masks are missing, or if most masks contradict the image tags.
+
+        contradicting: ids of the images whose mask `contradicts` their tags.
+        """
         missing = [name for name, path in zip(self.ids, self.mask_paths) if path is None]
         found = len(self.ids) - len(missing)
-        some = self.split == "val" and missing and found
-        fault = f"{self.root}: {len(missing)} of {len(self.ids)} val masks are missing"
-        need(not some, f"{fault}: {' '.join(missing[:10])}; add them, or shorten the list")
-        fault = f"{len(contradict)} of {found} masks show none of their tags, or others"
-        fix = "expected index n for the n-th class, 0 background, 255 undecided; re-export them"
-        few = 2 * len(contradict) <= found
-        need(few, f"{self.root}: {fault}: {' '.join(contradict[:10])}; {fix}")
+        if self.split != "train" and missing and found:
+            problem = f"lacks {len(missing)} of {len(self.ids)} masks: {' '.join(missing[:10])}"
+            raise InputError(self.root, problem, "Add them, or shorten the list", "masks")
+        if 2 * len(contradicting) > found:
+            problem = f"has {len(contradicting)} of {found} masks that show none of the image's "
+            problem += f"tags, or classes it is not tagged with: {' '.join(contradicting[:10])}"
+            remedy = "Index n must mean the n-th class, 0 background and 255 undecided, and the "
+            remedy += "tags must name every class in the picture, not the main one only"
+            raise InputError(self.root, problem, remedy, "masks")
+
+    def _check_tags(self):
+        """Raise InputError if all photos have the same tags; warn of tags on no or every photo."""
+        shares = self.tags.mean(0).tolist()
+        if not set(shares) - {0, 1}:
+            remedy = "Add photos that show something else: a class is learnt from photos with and "
+            raise InputError(self.root, "has the same tags on all photos", remedy + "without it",
+                             "tags")  # fmt: skip
+        for name, share in zip(self.class_names, shares):
+            if share == 0:
+                warn(f"no training image is tagged {name}: it will not be learnt")
+            if share == 1:
+                warn(f"every training image is tagged {name}: add photos without it")
+
+
+def devkit_in(path):
+    """Return the folder with ImageSets/Segmentation: path, VOC2012 or VOCdevkit/VOC2012 in it."""
+    for below in ("", "VOC2012", "VOCdevkit/VOC2012"):
+        root = Path(os.path.abspath(Path(path) / below))
+        if (root / "ImageSets" / "Segmentation").is_dir():
+            return root
+    return None
+
+
+def warn_of_lists(train_set, val_set):
+    """Warn of a train_aug.txt that leaves out photos of train.txt, and of lists that overlap."""
+    if train_set.list_path.stem == "train_aug" and train_set.has("train"):
+        left_out = set(read_list(train_set.list_path.with_name("train.txt"))) - set(train_set.ids)
+        if left_out:
+            warn(f"{train_set.list_path} is used and leaves out {len(left_out)} photos of "
+                 "train.txt. Remove it to train on train.txt")  # fmt: skip
+    both = sorted(set(train_set.ids) & set(val_set.ids))
+    if both:
+        warn(f"{val_set.list_path} lists {len(both)} training photos: {' '.join(both[:5])}. "
+             "Their scores are not of unseen photos")  # fmt: skip
+
+
+# ---- a folder of tagged photos -------------------------------------------------------------------
 
 
 class Photos(VOC):
-    """Tagged photos without a devkit: DIR/CLASS/photo.jpg, of every usual ending, or
-    DIR/tags.csv. Classes in the order of DIR/classes.txt, else of their names. Masks, for scoring
-    only: DIR/masks/CLASS/photo.png. ids are paths below DIR without their ending. Raises
-    InputError."""
+    """Tagged photos without a devkit: DIR/CLASS/photo.jpg, or a table DIR/tags.csv.
+
+    The classes are sorted by name, or in the order of DIR/classes.txt. ids are paths below DIR
+    without their ending. Masks, for scoring only, are DIR/masks/CLASS/photo.png.
+    Raises InputError.
+    """
 
     def __init__(self, path):
-        self.root = Path(path).resolve()
-        fault = f"{path}: no such folder; expected DIR/CLASS/photo.jpg; correct --photos"
-        need(self.root.is_dir(), fault)
+        self.root = Path(os.path.abspath(path))
+        if not self.root.is_dir():
+            raise InputError(path, "does not exist", "Give the folder of your photos", "missing")
+        if devkit_in(path):
+            raise InputError(path, "is a VOC devkit", "Use --voc in place of --photos", "devkit")
         table = self.root / "tags.csv"
         found = tags_of_table(table) if table.exists() else tags_of_folders(self.root)
-        tagged = any(found.values())
-        need(tagged, f"{path}: no tagged photo; expected DIR/CLASS/photo.jpg or tags.csv; add some")
+        if not any(found.values()):
+            remedy = "Put the photos in folders DIR/CLASS, or list them in DIR/tags.csv"
+            raise InputError(path, "holds no tagged photo", remedy, "empty")
         self.split = "train"
         self.image_paths = list(found)
         self.found_tags = list(found.values())
-        tags = set().union(*self.found_tags)
-        self.classes = read_classes(self.root, sorted(tags))
-        unknown = " ".join(sorted(tags - set(self.classes)))
-        need(not unknown, f"{self.root}/classes.txt: does not list {unknown}; expected all; add it")
-        self.ids = [str(p.relative_to(self.root).with_suffix("")) for p in self.image_paths]
-        twice = " ".join(repeated(self.ids)[:3])
-        need(not twice, f"{path}: two photos that differ only in their ending: {twice}; rename one")
-        masks = [self.root / "masks" / f"{name}.png" for name in self.ids]
-        self.mask_paths = [mask if mask.exists() else None for mask in masks]
+        names = set().union(*self.found_tags)
+        self.class_names = read_classes(self.root, sorted(names))
+        unknown = " ".join(sorted(names - set(self.class_names)))
+        if unknown:
+            remedy = "Add it, or correct the tags"
+            raise InputError(self.root / "classes.txt", f"does not list {unknown}", remedy, "tags")
+        self.ids = [p.relative_to(self.root).with_suffix("").as_posix() for p in self.image_paths]
+        repeated = sorted(name for name, n in Counter(self.ids).items() if n > 1)
+        if repeated:
+            problem = f"holds two photos that differ only in their ending: {repeated[0]}"
+            raise InputError(path, problem, "Rename one", "names")
+        below = self.root / "masks"
+        masks = {nfc(p.relative_to(below).with_suffix("").as_posix()): p
+                 for p in below.rglob("*.png")}  # fmt: skip
+        self.mask_paths = [masks.get(nfc(name)) for name in self.ids]
 
     def has(self, split):
-        """A folder of photos has no lists, whatever else lies in it."""
+        """A folder of photos has no lists."""
         return False
 
     def read_tags(self, i):
-        """Set of class names of photo i."""
+        """Return the set of class names of photo i."""
         return self.found_tags[i]
 
 
-def repeated(names):
-    """Those that occur more than once, sorted."""
-    return sorted(name for name, n in Counter(names).items() if n > 1)
-
-
 def tags_of_folders(root):
-    """{photo: set of tags} of ROOT/CLASS/photo.jpg. The same photo (to the byte) in two folders
-    has two tags; photos in ROOT itself have none; deeper ones are not used. Raises InputError."""
+    """Return {photo: set of tags} of ROOT/CLASS/photo.jpg.
+
+    A photo with two tags lies, byte for byte, in both folders. Photos directly in ROOT count as
+    untagged examples. Warns of files that are not used. Raises InputError.
+    """
+    found = {}  # hash of the photo's bytes -> its path and tags
+    copies = set()
     folders = [p for p in sorted(root.glob("[!.]*")) if p.is_dir() and p.name != "masks"]
-    deep = [p for f in folders for p in f.glob("*/**/*") if p.suffix.lower() in ENDINGS]
-    if deep:
-        fault = f"warning: {len(deep)} photos lie deeper than {root}/CLASS, {deep[0]}"
-        say(f"{fault}: they are not used", stream=sys.stderr)
-    found = {}  # photo's bytes, hashed -> its path and tags
     for folder in [*folders, root]:
-        for photo in photos_of(folder):
+        pictures = photos_of(folder)
+        others = Counter(p.suffix.lower() for p in folder.glob("[!.]*") if p.is_file())
+        unreadable = {ending for ending in UNREADABLE if others[ending]}
+        if not pictures and unreadable and folder != root:
+            problem = f"holds no picture that can be read ({count_endings(others)})"
+            raise InputError(folder, problem, "Convert them to JPEG or PNG", "format")
+        for photo in pictures:
             key = hashlib.sha256(read(photo)).digest()
-            tags = found.setdefault(key, (photo, set()))[1]
-            tags |= {folder.name} if folder != root else set()
+            path, tags = found.setdefault(key, (photo, set()))
+            tags |= {nfc(folder.name)} if folder != root else set()
+            copies |= {photo} - {path}
+    refuse_masks_beside_photos([path for path, _ in found.values()])
+    warn_of_unused(root, {path for path, _ in found.values()} | copies)
     return dict(found.values())
 
 
+def refuse_masks_beside_photos(photos):
+    """Raise InputError if pictures among the photos look like the masks of others.
+
+    That is x_mask.png beside x.jpg, or a folder of which every picture is a palette or grey PNG and
+    has the name of a photo in another folder.
+    """
+    stems = Counter(path.stem for path in photos)
+    by_folder = {}
+    for path in photos:
+        by_folder.setdefault(path.parent, []).append(path)
+        base = re.sub(r"_(mask|masks|label|labels|gt|seg|segmentation|overlay)$", "", path.stem)
+        if base != path.stem and any((path.with_name(base + e)) in photos for e in ENDINGS):
+            problem = "looks like a mask of the photo beside it"
+            raise InputError(path, problem, "Move masks to DIR/masks, or elsewhere", "mask")
+    for folder, paths in by_folder.items():
+        same = all(path.suffix == ".png" and stems[path.stem] > 1 for path in paths)
+        if same and all(mode_of(path) in ("P", "L", "1") for path in paths):
+            problem = "looks like a folder of masks: its PNG files are named like photos elsewhere"
+            raise InputError(folder, problem, "Move masks to DIR/masks, or elsewhere", "mask")
+
+
 def tags_of_table(path):
-    """{photo: set of tags} of a tags.csv with rows `file,cat dog`: commas, semicolons or tabs, as
-    the first row with one has them; tags apart by spaces, commas or cells; quotes and a header (a
-    first cell without a dot) as spreadsheets write them. Raises InputError."""
-    text = read_text(path)
-    first = next((line for line in text.splitlines() if re.search("[;\t,]", line)), "")
-    delimiter = max(";\t,", key=first.count)
-    how = {"delimiter": delimiter, "skipinitialspace": True, "strict": True}
+    """Return {photo: set of tags} of a table.
+
+    A row is a photo and its tags, one tag a cell, or several in a cell, separated by , ; or |.
+    A space belongs to the name. A header whose columns are classes, with cells such as 1 and 0, yes
+    and no, is read as such. Commas, semicolons or tabs separate cells. Raises InputError.
+    """
+    header, rows = read_rows(path)
+    folder = path.parent
+    files = {nfc(p.relative_to(folder).as_posix()): p for p in folder.rglob("*") if p.is_file()}
+    stems = {name[: -len(p.suffix)]: p for name, p in files.items() if p.suffix.lower() in ENDINGS}
+    named = [row[0].replace("\\", "/") for _, row in rows]
+    named = [nfc(os.path.normpath(name).replace("\\", "/")) for name in named]
+    photos = [files.get(name) or stems.get(name) for name in named]
+    # without a match and without an ending the first row is a header
+    if rows and not header and not photos[0] and Path(named[0]).suffix.lower() not in ENDINGS:
+        header = rows.pop(0)[1]
+        photos.pop(0)
+    cells = [cell.strip().lower() for _, row in rows for cell in row[1:]]
+    columns = header and all(re.fullmatch(r"|\d+(\.0*)?|true|false|yes|no|x", c) for c in cells)
     found = {}
-    with refusing(f"{path}: not a table", "expected rows of a file and its tags; mend it"):
-        rows = list(csv.reader(io.StringIO(text), **how))
-    rows = [(n, *row) for n, row in enumerate(rows, 1) if "".join(row).strip()]
-    for n, name, *tags in rows:
-        photo = Path(os.path.normpath(path.parent / name.strip()))
-        if n == rows[0][0] and not photo.suffix:
-            continue  # a header
-        inside = path.parent in photo.parents
-        need(inside, f"{path}: row {n}, {name!r}; expected a file below its folder; correct it")
-        found.setdefault(photo, set()).update(re.findall(r"[^\s,;]+", " ".join(tags)))
-    columns = set().union(*found.values()) == {"0", "1"}
-    need(not columns, f"{path}: tags 0 and 1; expected names, `1.jpg,cat dog`; write them")
+    for photo, (number, row) in zip(photos, rows):
+        where = f"row {number}"
+        if photo is None:
+            raise InputError(path, f"{where} names {row[0]!r}, which is not a file below {folder}",
+                             "Correct the name", "missing")  # fmt: skip
+        if columns:
+            tags = {nfc(name.strip()) for name, cell in zip(header[1:], row[1:])
+                    if not re.fullmatch(r"|0+(\.0*)?|false|no", cell.strip().lower())}  # fmt: skip
+        else:
+            tags = {nfc(t.strip()) for cell in row[1:] for t in re.split("[,;|]", cell)} - {""}
+        for tag in sorted(tags):
+            if not re.match(r"[^\W\d]", tag) or re.search(r"[\[\]{}()<>=\"]", tag):
+                remedy = "Write class names, or a header with a column for each class"
+                raise InputError(path, f"{where} has {tag!r} for a tag", remedy, "tags")
+        found.setdefault(photo, set()).update(tags)
+    refuse_lists_in_names(path, set().union(*found.values()))
+    warn_of_unused(folder, set(found))
     return found
 
 
-def photos_of(path):
-    """The pictures in a folder, sorted, of every usual ending, but hidden ones and those that
-    sgseg.py writes; those of a devkit's list of ids, ROOT/ImageSets/Segmentation/SPLIT.txt; a
-    path to anything else as it is. Raises InputError."""
-    path = Path(path)
-    if path.is_dir():
-        readable = os.access(path, os.R_OK | os.X_OK)
-        need(readable, f"{path}: may not be read; expected rights to; mend them")
-        pictures = [p for p in sorted(path.glob("[!.]*")) if p.suffix.lower() in ENDINGS]
-        return [p for p in pictures if not p.stem.endswith("_stages")]
-    if path.suffix == ".txt":
-        ids = read_list(path)
-        lists = Path(os.path.abspath(path)).parent  # not resolved: a list may be a link
-        inside = lists.name == "Segmentation"
-        need(inside, f"{path}: expected ROOT/ImageSets/Segmentation/NAME.txt; move it there")
-        folder = lists.parent.parent / "JPEGImages"
-        found = pictures_in(folder)
-        return [found.get(name, folder / f"{name}.jpg") for name in ids]
-    return [path]
+def read_rows(path):
+    """Return the header of a table, if it is sure to be one, and its rows [(number, cells), ...].
+
+    Understands a first line `sep=;` and the index column that pandas writes. Raises InputError.
+    """
+    lines = read_text(path).splitlines()
+    delimiter = None
+    if lines and lines[0].lower().startswith("sep="):
+        delimiter = lines[0][4:5]
+        lines[0] = ""
+    first = next((line for line in lines if re.search("[;\t,]", line)), "")
+    delimiter = delimiter or max(";\t,", key=re.sub('"[^"]*"', "", first).count)
+    with as_input_error(path, "is not a table", "Write rows of a photo and its tags", "format"):
+        rows = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True))
+    rows = [(n, row) for n, row in enumerate(rows, 1) if "".join(row).strip()]
+    rows = [(n, [cell.strip() for cell in row]) for n, row in rows]
+    header = None
+    if rows and rows[0][1][0] == "" and all(row[0].isdigit() for _, row in rows[1:]):
+        header, *rows = [(n, row[1:]) for n, row in rows]  # without the index column
+        header = header[1]
+    if not rows:
+        raise InputError(path, "has no row", "Write rows of a photo and its tags", "empty")
+    return header, rows
 
 
-def pictures_in(folder):
-    """{stem: path} of the pictures in a folder; .jpg wins."""
-    paths = photos_of(folder) if folder.is_dir() else []
-    return {path.stem: path for path in sorted(paths, key=lambda path: path.suffix == ".jpg")}
+def refuse_lists_in_names(path, names):
+    """Raise InputError if a name with spaces looks like a list: `cat dog` beside `cat`, `dog`."""
+    words = Counter(frozenset(name.split()) for name in names)
+    for name in sorted(names):
+        parts = name.split()
+        if len(parts) > 1 and (set(parts) <= names or words[frozenset(parts)] > 1):
+            remedy = "Separate tags by a comma, a semicolon or |: a space belongs to the name"
+            raise InputError(path, f"has the tag {name!r}, which looks like a list", remedy, "tags")
 
 
-# ---- photos -> network inputs --------------------------------------------------------------------
+def warn_of_unused(root, used):
+    """Warn, in one line, of the files below root that are not used, counted by their ending."""
+    known = {root / "classes.txt", root / "tags.csv"}
+    others = [p for p in sorted(root.rglob("[!.]*")) if p.is_file() and p not in used | known]
+    others = [p for p in others if p.parent == root or p.relative_to(root).parts[0] != "masks"
+              or p.suffix.lower() != ".png"]  # fmt: skip
+    if others:
+        endings = count_endings(Counter(p.suffix.lower() for p in others))
+        warn(f"{root} holds {len(others)} files that are not used: {endings}; the first is "
+             f"{others[0].relative_to(root)}")  # fmt: skip
 
 
-def to_tensor(image):
-    """PIL RGB -> (3,H,W) float32 in [0,1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+def count_endings(counts):
+    """Return for example "3 .heic, 1 without ending" of a Counter of file endings."""
+    return ", ".join(f"{n} {ending or 'without ending'}" for ending, n in counts.most_common())
 
 
-def aligned(image, size):
-    """Resized: the long side about `size`, both sides 16n+1, which aligns every feature grid."""
-    scale = size / max(image.size)
-    sides = [16 * max(1, round((side * scale - 1) / 16)) + 1 for side in image.size]
-    return image.resize(sides, Image.BILINEAR)
+# ---- crops for training --------------------------------------------------------------------------
 
 
-class Crops(torch.utils.data.Dataset):
-    """Joint scale / flip / crop of image i and its label map, drawn from (seed, epoch, n) alone.
+class Crops:
+    """Training samples: image i and its label map, scaled, flipped and cropped together.
 
-    The long side becomes size * U(scale), then a crop x crop window is cut; outside the image the
-    input is grey (128/255) and the label 255. label_paths lists the PNGs of pseudo labels, or is
-    None while there are none (all 255). Returns image (3,crop,crop) float32 in [0,1], tags (K,)
-    float32, label (crop,crop) int64 and i.
+    The long side becomes size * U(scale); then a window of crop x crop pixels is cut at random.
+    Outside the photo the input is grey (128/255) and the label 255. The random numbers depend on
+    (seed, epoch, n) alone. label_paths lists the PNG files of the labels, or is None during the
+    warm-up (all 255).
+
+    crops[n] returns the image (3,crop,crop) float32 in [0,1], the tags (K,) float32, the label
+    (crop,crop) int64, and i = n modulo the number of photos.
     """
 
-    def __init__(self, voc, crop, size, scale, seed, epoch, label_paths=None):
-        self.voc = voc
+    def __init__(self, photos, crop, size, scale, seed, epoch, label_paths=None):
+        self.photos = photos
         self.crop = crop
         self.size = size
         self.scale = scale
@@ -511,8 +401,8 @@ class Crops(torch.utils.data.Dataset):
         self.label_paths = label_paths
 
     def __getitem__(self, n):
-        i = n % len(self.voc.ids)  # n counts on through the passes of an epoch
-        image = read_image(self.voc.image_paths[i])
+        i = n % len(self.photos.ids)  # an epoch may pass over a small set several times
+        image = read_image(self.photos.image_paths[i])
         w, h = image.size
         rng = np.random.default_rng([self.seed, self.epoch, n])
         ratio = self.size * rng.uniform(*self.scale) / max(w, h)  # crop pixels per photo pixel
@@ -522,7 +412,7 @@ class Crops(torch.utils.data.Dataset):
         flip = rng.random() < 0.5
         # the part of the photo that lies in the crop, in photo pixels
         box = (max(0, left), max(0, top), min(w, left + side), min(h, top + side))
-        # where it lies there and how large it is, in crop pixels
+        # its position and size in the crop, in crop pixels
         x = round((box[0] - left) * ratio)
         y = round((box[1] - top) * ratio)
         width = max(1, min(self.crop - x, round((box[2] - box[0]) * ratio)))
@@ -536,51 +426,282 @@ class Crops(torch.utils.data.Dataset):
         pixels = to_tensor(cut(image, Image.BILINEAR, (128, 128, 128)))
         label = torch.full((self.crop, self.crop), IGNORE)
         if self.label_paths:
-            indices = Image.fromarray(read_mask(self.label_paths[i], len(self.voc.classes), (w, h)))
-            label = torch.from_numpy(np.array(cut(indices, Image.NEAREST, IGNORE))).long()
-        return pixels, self.voc.tags[i], label, i
+            indices = read_mask(self.label_paths[i], len(self.photos.class_names), (w, h))
+            indices = cut(Image.fromarray(indices), Image.NEAREST, IGNORE)
+            label = torch.from_numpy(np.array(indices)).long()
+        return pixels, self.photos.tags[i], label, i
+
+
+def to_tensor(image):
+    """Return a PIL RGB image as (3,H,W) float32 in [0,1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def aligned(image, size):
+    """Return the image resized to a long side of about `size`; both sides have the form 16n + 1."""
+    scale = size / max(image.size)
+    sides = [16 * max(1, round((side * scale - 1) / 16)) + 1 for side in image.size]
+    return image.resize(sides, Image.BILINEAR)
+
+
+# ---- reading photos, masks, tags, lists ----------------------------------------------------------
+
+TURNS = {  # EXIF orientation -> how to turn the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_image(source):
+    """Return an upright RGB PIL image.
+
+    source: a path, the bytes of a file, an open binary file, a PIL image, or an (H,W,3) uint8 RGB
+    array (BGR arrays, as OpenCV reads them, cannot be told apart). Grey, CMYK, palette, RGBA and
+    16-bit pictures are converted; the EXIF orientation is applied.
+    Raises InputError for a file that cannot be read, ValueError for another array.
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(source, "the image")
+    if isinstance(source, (str, Path, bytes, io.IOBase)) or hasattr(source, "read"):
+        return decode(source, to_rgb)
+    array = np.asarray(source)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        raise ValueError(f"want an (H,W,3) uint8 RGB array, got {array.shape} {array.dtype}")
+    return Image.fromarray(array)
+
+
+def decode(source, convert):
+    """Return convert(PIL image, name) of a path, bytes or a binary file. Raises InputError."""
+    name = "the picture"
+    if isinstance(source, bytes):
+        content = source
+    elif hasattr(source, "read"):
+        content = source.read(2**28 + 1)
+    else:
+        name = Path(source)
+        check_name(name)
+        content = read(name)
+    problem = "is not a readable image"
+    if name != "the picture" and name.suffix.lower() in (".heic", ".heif", ".avif", ".gif"):
+        problem += f" ({name.suffix} files are not supported)"
+    remedy = f"Convert it to JPEG or PNG (supported: {', '.join(FORMATS)})"
+    with as_input_error(name, problem, remedy, "image"):
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            w, h = image.size
+            if min(w, h) < 16 or w * h > MOST_PIXELS:
+                problem = f"has {w} x {h} pixels"
+                remedy = "Resize it to 16 or more a side and at most 64 million in all"
+                raise InputError(name, problem, remedy, "size")
+            return convert(image, name)
+
+
+def check_name(path):
+    """Raise InputError for a file name that no result could have: too long, or not UTF-8."""
+    try:
+        encodable = len(Path(path).name.encode()) <= 235 and str(path).encode()
+    except UnicodeEncodeError:
+        encodable = False
+    if not encodable:
+        raise InputError(path, "has a name of over 235 bytes, or one that is not UTF-8",
+                         "Rename it", "names")  # fmt: skip
+
+
+def to_rgb(image, name):
+    """Return a PIL image upright and in RGB. Raises InputError for floats and 32-bit integers."""
+    try:
+        turn = TURNS.get(image.getexif().get(0x0112))  # all other EXIF values are ignored
+    except Exception:  # damaged EXIF data does not make the picture unreadable
+        turn = None
+    image = image.transpose(turn) if turn is not None else image
+    if image.mode.startswith("I"):  # 16-bit grey: keep the upper byte
+        values = np.asarray(image).astype(np.int64)
+        if values.max() > 65535 or values.min() < 0 or image.mode == "I" and image.format == "TIFF":
+            raise InputError(name, "has 32 bits a pixel", "Save it with 8 or 16 bits", "image")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise InputError(name, "holds floating-point values", "Save it with 8 or 16 bits", "image")
+    return image.convert("RGB")
+
+
+def mode_of(path):
+    """Return the Pillow mode of a picture ("P", "L", "RGB", ...), "" if it cannot be opened."""
+    try:
+        with Image.open(path) as image:
+            return image.mode
+    except Exception:  # reading it later will name the problem
+        return ""
+
+
+def read_mask(path, num_classes, size=None):
+    """Return a palette or grey PNG as (H,W) uint8 with values 0..num_classes and 255.
+
+    size: (width, height) of its image, if known. Raises InputError.
+    """
+
+    def indices(image, name):
+        if image.format != "PNG" or image.mode not in ("P", "L"):
+            problem = f"is not an indexed PNG but {image.format}, mode {image.mode}"
+            raise InputError(name, problem, "Export masks as palette PNG files", "mask")
+        return np.array(image)
+
+    mask = decode(path, indices)
+    if size is not None and size != mask.shape[::-1]:
+        problem = f"has {mask.shape[1]} x {mask.shape[0]} pixels, its image {size[0]} x {size[1]}"
+        raise InputError(path, problem, "Export the mask again, or restore the image", "mask")
+    wrong = mask[(mask > num_classes) & (mask != IGNORE)]
+    if wrong.size:
+        problem = f"has the index {wrong[0]}, which is neither 0..{num_classes} nor 255"
+        raise InputError(path, problem, "Export it with the same list of classes", "mask")
+    return mask
+
+
+def read_tags(path, class_names):
+    """Return the set of class names in a VOC annotation.
+
+    Only `object/name` counts, not the parts of an object. Raises InputError, also for a DOCTYPE
+    (entity bombs need one, VOC has none) and for XML of another kind.
+    """
+    text = read_text(path)
+    remedy = "Write VOC's form, <annotation><object><name>cat</name></object></annotation>"
+    if "<!DOCTYPE" in text or len(text) > 1_000_000:
+        raise InputError(path, "has a DOCTYPE, or more than a megabyte", remedy, "xml")
+    with as_input_error(path, "is not XML", f"{remedy}, as UTF-8", "xml"):
+        root = ET.fromstring(text)
+    if root.tag != "annotation":
+        raise InputError(path, f"has the root <{root.tag[:40]}>, not <annotation>", remedy, "xml")
+    names = {nfc((o.findtext("name") or "").strip()) for o in root.findall("object")}
+    unknown = " ".join(sorted(names - set(class_names)))[:60]
+    if not names <= set(class_names):
+        problem = f"is tagged {unknown}, which is not a class" if unknown else "has no object name"
+        remedy = f"Correct it, or edit classes.txt. The classes are {' '.join(class_names)[:200]}"
+        raise InputError(path, problem, remedy, "tags")
+    return names
+
+
+def read_list(path):
+    """Return the image ids of a list, one a line.
+
+    Also understood: CRLF, blank lines, the column -1/0/1 of ImageSets/Main (-1 is left out), ids
+    with an ending, and pairs of paths (/JPEGImages/ID.jpg /SegmentationClass/ID.png).
+    Raises InputError.
+    """
+    ids = []
+    for line in read_text(path).splitlines():
+        first, *rest = line.split() or [""]
+        understood = rest in ([], ["-1"], ["0"], ["1"]) or rest[0].lower().endswith(".png")
+        parts = [part for part in first.split("/") if part]
+        if not understood or len(parts) > 1 and parts[-2] != "JPEGImages":
+            raise InputError(path, f"has the line {line[:60]!r}", "Write one id a line", "list")
+        if first and rest != ["-1"]:
+            name = parts[-1]
+            ids.append(Path(name).stem if Path(name).suffix.lower() in ENDINGS else name)
+    if not ids:
+        raise InputError(path, "lists no image", "Write one id a line", "list")
+    return list(dict.fromkeys(ids))
+
+
+def read_classes(root, usual):
+    """Return the class names in ROOT/classes.txt, one a line, or the usual ones without that file.
+
+    Background is not listed. Raises InputError.
+    """
+    path = root / "classes.txt"
+    names = usual
+    if path.exists():
+        names = [nfc(line.strip()) for line in read_text(path).split("\n") if line.strip()]
+    if not 0 < len(set(names)) == len(names) < 255:
+        problem = f"gives {len(names)} classes ({len(set(names))} different names)"
+        raise InputError(path if path.exists() else root, problem, "Give 1 to 254", "classes")
+    for name in names:
+        letters = re.sub("[^a-z]", "", name.lower())
+        if letters in ("background", "ignore", "void", "unlabeled", "undecided"):
+            problem = f"has a class {name}, but index 0 is background and 255 undecided anyway"
+            raise InputError(root, problem, "Remove or rename it", "classes")
+        if not name.isprintable():
+            raise InputError(root, f"has a class {name!r} with control characters", "Rename it",
+                             "classes")  # fmt: skip
+    return names
+
+
+def photos_of(path):
+    """Return the pictures in a folder, sorted, or [path] for anything else.
+
+    Hidden files are left out, and NAME_stages.png beside a photo NAME (sgseg.py writes those).
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise InputError(path, "may not be read", "Change its permissions", "permission")
+    pictures = [p for p in sorted(path.glob("[!.]*")) if p.suffix.lower() in ENDINGS]
+    pictures = [p for p in pictures if p.is_file() or not p.exists()]
+    stems = {p.stem for p in pictures}
+    return [p for p in pictures if p.suffix != ".png" or p.stem.removesuffix("_stages") == p.stem
+            or p.stem.removesuffix("_stages") not in stems]  # fmt: skip
+
+
+def pictures_in(folder, endings=ENDINGS):
+    """Return {name without ending: path} of the pictures in a folder. Of several, .jpg wins."""
+    paths = photos_of(folder) if folder.is_dir() else []
+    paths = [path for path in paths if path.suffix.lower() in endings]
+    return {nfc(path.stem): path for path in sorted(paths, key=lambda path: path.suffix == ".jpg")}
+
+
+def nfc(name):
+    """Return the name with composed letters, so that names from macOS and others are equal."""
+    return unicodedata.normalize("NFC", name)
 
 
 # ---- scores --------------------------------------------------------------------------------------
 
 
 def confusion(target, prediction, num_classes):
-    """C[g,p] = pixels of class g predicted p, where the target is not 255: (K+1,K+1) int64."""
+    """Return C (K+1,K+1) int64: C[g,p] counts the pixels of class g that are predicted as p.
+
+    target (H,W) holds 0..K, or 255 for pixels that do not count; prediction (H,W) holds 0..K.
+    Raises ValueError for other values.
+    """
     n = num_classes + 1
     keep = target != IGNORE
-    pairs = n * target[keep].astype(int) + prediction[keep]
-    return np.bincount(pairs, minlength=n * n).reshape(n, n)
+    g = target[keep].astype(int)
+    p = prediction[keep].astype(int)
+    if g.size and (max(g.max(), p.max()) >= n or min(g.min(), p.min()) < 0):
+        raise ValueError(f"want indices 0..{num_classes}, got up to {max(g.max(), p.max())}")
+    return np.bincount(n * g + p, minlength=n * n).reshape(n, n)
 
 
-def summary(C, classes):
-    """{"miou", "core", "iou", "precision", "recall", "confusion"} of a confusion matrix C: IoU_k
-    = C_kk / (row_k + column_k - C_kk) in [0,1] of the classes that occur in a mask (C_kk /
-    column_k, C_kk / row_k), and its means over them; core is None outside VOC."""
+def summary(C, class_names):
+    """Return {"miou", "iou", "precision", "recall", "confusion"} of a confusion matrix C (K+1,K+1).
+
+    IoU_k = C_kk / (row_k + column_k - C_kk), precision C_kk / column_k, recall C_kk / row_k, all in
+    [0,1], of the classes that occur in a mask; mIoU is the mean of their IoU.
+    """
     scores = {"iou": {}, "precision": {}, "recall": {}}
-    for k, name in enumerate(["background", *classes]):
+    for k, name in enumerate(["background", *class_names]):
         hit = int(C[k, k])
         true = int(C[k].sum())
-        said = int(C[:, k].sum())
+        predicted = int(C[:, k].sum())
         if true:
-            scores["iou"][name] = hit / (true + said - hit)
-            scores["precision"][name] = hit / said if said else None
+            scores["iou"][name] = hit / (true + predicted - hit)
+            scores["precision"][name] = hit / predicted if predicted else None
             scores["recall"][name] = hit / true
-    iou = scores["iou"]
-    core = [x for name, x in iou.items() if name in CORE]
-    core = core if CORE <= {"background", *classes} else []
-    scores["miou"] = sum(iou.values()) / max(1, len(iou))
-    scores["core"] = sum(core) / len(core) if core else None
-    return scores | {"confusion": C.tolist()}
+    miou = sum(scores["iou"].values()) / max(1, len(scores["iou"]))
+    return {"miou": miou, **scores, "confusion": C.tolist()}
 
 
-def areas(label, names):
-    """{name: share of the pixels} of the classes that occur in a label."""
-    counts = np.bincount(label.ravel(), minlength=len(names))
-    return {name: float(n / label.size) for name, n in zip(names, counts) if n}
+def areas(label, label_names):
+    """Return {name: share of the pixels} of the classes that occur in a label (H,W)."""
+    counts = np.bincount(label.ravel(), minlength=len(label_names))
+    return {name: float(n / label.size) for name, n in zip(label_names, counts) if n}
 
 
 def csv_bytes(rows):
-    """Rows as a CSV file's content; with a byte order mark, or Excel garbles umlauts."""
+    """Return rows as the content of a CSV file, with the byte order mark that Excel needs."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue().encode("utf-8-sig")
@@ -590,8 +711,10 @@ def csv_bytes(rows):
 
 
 def palette_image(label):
-    """(H,W) uint8 indices -> PIL palette image in VOC's colours: bits 3b, 3b+1, 3b+2 of an index
-    are bit 7-b of red, green, blue."""
+    """Return (H,W) uint8 indices as a PIL palette image in VOC's colours.
+
+    Bits 3b, 3b+1 and 3b+2 of an index are bit 7-b of red, green and blue.
+    """
     image = Image.fromarray(np.ascontiguousarray(label, dtype=np.uint8))
     index, channel = np.mgrid[:256, :3]
     palette = sum(((index >> (3 * b + channel)) & 1) << (7 - b) for b in range(8))
@@ -600,30 +723,34 @@ def palette_image(label):
 
 
 def heat(image, M):
-    """A map M (H,W) in [0,1] over a darkened photo: blue is 0, red is 1 (the jet ramp)."""
+    """Return a map M (H,W) in [0,1] drawn over the darkened photo, from blue (0) to red (1)."""
     colour = torch.stack([(1.5 - (4 * M - c).abs()).clamp(0, 1) for c in (3, 2, 1)], 2).numpy()
     grey = np.asarray(image.convert("L"))[:, :, None]
     return Image.fromarray((grey * 0.4 + 153 * colour).astype(np.uint8))
 
 
-def overlay(image, label, names=()):
-    """Label colours over the photo, 255 cream; with all classes' names a legend of the objects."""
+def overlay(image, label, label_names=()):
+    """Return a label (H,W) drawn over the photo; undecided pixels (255) are cream.
+
+    With the names of all labels, background first, a legend names the classes that occur.
+    """
     colours = palette_image(label)
     picture = Image.blend(image, colours.convert("RGB"), 0.6)
     draw = ImageDraw.Draw(picture)
-    present = [name for name in areas(label, names) if name != names[0]] if names else []
+    present = [name for name in areas(label, label_names) if name != label_names[0]]
     side = max(8, image.height // max(25, 2 * len(present) + 1))
     for n, name in enumerate(present):
-        k = names.index(name)
+        k = label_names.index(name)
         box = (side, side * (2 * n + 1), 2 * side, side * (2 * n + 2))
         draw.rectangle(box, fill=tuple(colours.getpalette()[3 * k : 3 * k + 3]), outline="white")
-        how = {"font": letters(side), "stroke_width": 1, "stroke_fill": "black"}
-        draw.text((3 * side, box[1]), name, "white", **how)
+        font = load_font(side)
+        where = (3 * side, box[1])
+        draw.text(where, name, "white", font, stroke_width=1, stroke_fill="black")
     return picture
 
 
-def letters(size):
-    """A font of many scripts where there is one, else Pillow's own."""
+def load_font(size):
+    """Return a font with letters of many scripts if there is one, else Pillow's own."""
     try:
         return ImageFont.truetype("DejaVuSans.ttf", size)
     except OSError:
@@ -631,9 +758,14 @@ def letters(size):
 
 
 def sheet(rows, width=160):
-    """One picture of rows of {caption: picture}, each `width` wide, its caption above it."""
-    firsts = [next(iter(row.values())) for row in rows]
-    heights = [max(1, round(width * first.height / first.width)) for first in firsts]
+    """Return one picture of rows [{caption: picture, ...}, ...], every picture `width` wide.
+
+    Pictures more than four times as high as wide are drawn narrower.
+    """
+    heights = []
+    for row in rows:
+        first = next(iter(row.values()))
+        heights.append(max(1, min(round(width * first.height / first.width), 4 * width)))
     columns = max(len(row) for row in rows)
     page = Image.new("RGB", (columns * (width + 4), sum(heights) + 18 * len(rows)), "white")
     y = 0
@@ -641,7 +773,8 @@ def sheet(rows, width=160):
         for column, (caption, picture) in enumerate(row.items()):
             x = column * (width + 4)
             ImageDraw.Draw(page).text((x + 2, y + 2), caption[:26], fill="black")
-            page.paste(picture.resize((width, height)), (x, y + 15))
+            narrow = max(1, min(width, round(height * picture.width / picture.height)))
+            page.paste(picture.resize((narrow, height)), (x, y + 15))
         y += height + 18
     return page
 
@@ -653,7 +786,7 @@ TOY_HUES = ((200, 70, 60), (70, 90, 200), (50, 190, 60), (210, 180, 50))
 
 
 def toy_shape(name, u, v):
-    """Which points (u,v) lie inside a shape of radius 1: boolean, of u's shape."""
+    """Return which points (u,v) lie inside a shape of radius 1: boolean, of u's shape."""
     if name == "disc":
         return u**2 + v**2 < 1
     if name == "square":
@@ -664,7 +797,7 @@ def toy_shape(name, u, v):
 
 
 def toy_texture(rng, size, colour):
-    """(size,size,3) float: smooth blotches of two nearby colours plus fine grain."""
+    """Return a texture (size,size,3) float: smooth blotches around a colour, and fine noise."""
     t = Image.fromarray(rng.integers(0, 255, (5, 5), dtype=np.uint8))
     t = t.resize((size, size), Image.BICUBIC)
     blotches = rng.uniform(-35, 35, 3) * np.asarray(t)[:, :, None] / 255
@@ -672,9 +805,11 @@ def toy_texture(rng, size, colour):
 
 
 def toy_picture(rng, size):
-    """Image (size,size,3) uint8 and mask (size,size) uint8: one to three objects on a blotchy,
-    dull background; later objects cover earlier ones; borders are 255. A shape's hue is its own,
-    give or take: six conv blocks learn it in a minute."""
+    """Return an image (size,size,3) uint8 and its mask (size,size) uint8.
+
+    One to three shapes lie on a dull background; later ones cover earlier ones; the outlines are
+    255 in the mask. Every shape has a hue of its own, so that six conv blocks learn it in a minute.
+    """
     y, x = np.mgrid[:size, :size]
     image = toy_texture(rng, size, rng.integers(60, 200) + rng.uniform(-25, 25, 3))
     mask = np.zeros((size, size), np.uint8)
@@ -694,62 +829,272 @@ def toy_picture(rng, size):
 
 
 def make_toy(root, train=240, val=60, size=97, seed=0):
-    """Write a small VOC devkit of four shapes under root and return it as Path."""
+    """Write a small VOC devkit of four shapes to the new folder root; return its Path.
+
+    It is written beside it and renamed at the end, so that it is there whole or not at all.
+    Raises InputError.
+    """
     root = Path(root)
     rng = np.random.default_rng(seed)
-    for folder in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Segmentation"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
+    new = root.with_name(f".sgseg-{secrets.token_hex(8)}.tmp")
     ids = [f"toy_{n:04d}" for n in range(train + val)]
-    for name in ids:
-        image, mask = toy_picture(rng, size)
-        shown = [TOY_CLASSES[k - 1] for k in np.unique(mask) if 0 < k < IGNORE]
-        objects = "".join(f"<object><name>{tag}</name></object>" for tag in shown)
-        xml = f"<annotation><filename>{name}.jpg</filename>{objects}</annotation>\n"
-        Image.fromarray(image).save(root / "JPEGImages" / f"{name}.jpg", quality=92)
-        (root / "Annotations" / f"{name}.xml").write_text(xml)
-        palette_image(mask).save(root / "SegmentationClass" / f"{name}.png")
-    (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids[:train]) + "\n")
-    (root / "ImageSets/Segmentation/val.txt").write_text("\n".join(ids[train:]) + "\n")
-    (root / "classes.txt").write_text("\n".join(TOY_CLASSES) + "\n")  # last: then the set is whole
+    with as_input_error(root, "cannot be written", "Make room, or choose another --out", "write"):
+        for folder in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Segmentation"):
+            (new / folder).mkdir(parents=True)
+        for name in ids:
+            image, mask = toy_picture(rng, size)
+            shown = [TOY_CLASSES[k - 1] for k in np.unique(mask) if 0 < k < IGNORE]
+            objects = "".join(f"<object><name>{tag}</name></object>" for tag in shown)
+            xml = f"<annotation><filename>{name}.jpg</filename>{objects}</annotation>\n"
+            Image.fromarray(image).save(new / "JPEGImages" / f"{name}.jpg", quality=92)
+            (new / "Annotations" / f"{name}.xml").write_text(xml)
+            palette_image(mask).save(new / "SegmentationClass" / f"{name}.png")
+        (new / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids[:train]) + "\n")
+        (new / "ImageSets/Segmentation/val.txt").write_text("\n".join(ids[train:]) + "\n")
+        (new / "classes.txt").write_text("\n".join(TOY_CLASSES) + "\n")
+        new.rename(root)
     return root
 
 
-# ---- what is in a data set -----------------------------------------------------------------------
+# ---- errors, files, printing ---------------------------------------------------------------------
+
+
+class InputError(Exception):
+    """Raised for every problem with user input. The message names the file, the problem and the
+    remedy: "{path} {problem}. {remedy}." `path` and `kind` are for programs and tests."""
+
+    def __init__(self, path, problem, remedy, kind):
+        super().__init__(printable(f"{path} {problem}. {remedy}."))
+        self.path = str(path)
+        self.kind = kind
+
+
+@contextmanager
+def as_input_error(path, problem, remedy, kind):
+    """Turn whatever a parser, decoder, disk or network raises inside into an InputError."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as e:
+        why = re.sub(" <[^>]*>", "", str(e)).splitlines() or [""]
+        problem = f"{problem} ({type(e).__name__}: {why[0][:120]})"
+        raise InputError(path, problem, remedy, kind) from None
+
+
+def raise_all(problems, most):
+    """Raise the InputErrors of a list as one, a line each, at most `most` of them."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        error = InputError(f"{len(problems)} files", "have problems", "python data.py PATH lists "
+                           "all of them", "several")  # fmt: skip
+        error.args = ("\n".join([error.args[0], *(str(p) for p in problems[:most])]),)
+        raise error
+
+
+def read(path, limit=2**28):
+    """Return the bytes of a file, at most `limit`. Every file is read here. Raises InputError."""
+    path = Path(path)
+    with as_input_error(path, "cannot be read", "Check the file and its permissions", "read"):
+        if not path.exists():
+            raise InputError(path, "does not exist", "Add it, or correct the path", "missing")
+        if not path.is_file() or path.stat().st_size > limit:
+            problem = f"is not a file of at most {limit // 2**20} MiB"
+            raise InputError(path, problem, "Replace it", "read")
+        return path.read_bytes()
+
+
+def read_text(path):
+    """Return the text of a UTF-8 file, without its byte order mark. Raises InputError."""
+    with as_input_error(path, "is not UTF-8 text", "Save it as UTF-8", "encoding"):
+        return read(path).decode("utf-8-sig")
+
+
+def load(path):
+    """Return the dict in a checkpoint or weights file. No pickled code is run.
+
+    Raises InputError for other files, wrong checksums, and archives that unpack to more than they
+    weigh (torch does not compress).
+    """
+    content = io.BytesIO(read(path, limit=2**33))
+    with as_input_error(path, "is not a torch file, or damaged", "Give another", "weights"):
+        if zipfile.is_zipfile(content):
+            archive = zipfile.ZipFile(content)
+            size = sum(member.file_size for member in archive.infolist())
+            if size > len(content.getbuffer()) or archive.testzip() is not None:
+                raise InputError(path, "is damaged or compressed", "Give another", "weights")
+        content.seek(0)
+        return dict(torch.load(content, map_location="cpu", weights_only=True))
+
+
+def check_finite(state, source):
+    """Return a state dict as it is if all its numbers are finite; raise InputError otherwise."""
+    for name, value in state.items():
+        if not math.isfinite(value.sum(dtype=torch.float64)):  # faster than asking every number
+            problem = f"has a value in {name} that is not finite"
+            raise InputError(source, problem, "Give another file, or a lower --lr", "weights")
+    return state
+
+
+def write(path, content, source=None):
+    """Write text, bytes, a picture (as PNG) or a dict (for `load`) so that path is always whole.
+
+    The content goes to a new temporary file, which is then renamed. All files are written here.
+    source: the photo that a picture was made from; it is noted in the PNG, and a picture that was
+    not made from it by this program is never replaced. Raises InputError.
+    """
+    path = Path(path)
+    if source is not None and path.exists() and source_of(path) != str(source):
+        problem = f"exists and was not made from {source}"
+        raise InputError(path, problem, "Move it, or rename the photo", "exists")
+    buffer = io.BytesIO()
+    if isinstance(content, Image.Image):
+        info = PngInfo()
+        if source is not None:
+            info.add_itxt("sgseg source", str(source))
+        content.save(buffer, "PNG", pnginfo=info)
+    elif isinstance(content, dict):
+        torch.save(content, buffer)
+    else:
+        buffer.write(content.encode() if isinstance(content, str) else content)
+    temporary = path.with_name(f".sgseg-{secrets.token_hex(8)}.tmp")
+    with as_input_error(path, "cannot be written", "Make room, or choose another folder", "write"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "xb") as file:  # never a file or link that exists
+                file.write(buffer.getvalue())
+                file.flush()
+                sync(file)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def source_of(path):
+    """Return the source that `write` noted in a PNG, or None."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("sgseg source")
+    except Exception:  # not a picture: not ours
+        return None
+
+
+def sync(file):
+    """Have the file written to the disk; some file systems cannot."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+
+
+def printable(text):
+    """Return the text with ? in place of control characters, apart from line ends and tabs."""
+    return "".join(c if c.isprintable() or c in "\n\r\t" else "?" for c in text)
+
+
+def print_line(text, end="\n", stream=None):
+    """Print, ignoring output errors (closed pipe, full disk, characters that cannot be shown)."""
+    stream = stream or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "ascii"
+    text = printable(text).encode(encoding, "replace").decode(encoding)
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except OSError:  # nobody reads it, or the disk is full: discard what follows
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except ValueError:  # the stream is closed
+        pass
+
+
+def warn(text):
+    """Print a warning on standard error."""
+    print_line(f"warning: {text}", stream=sys.stderr)
+
+
+def progress(name, items, note=None, total=None):
+    """Yield the items while showing progress: on one line of a terminal, elsewhere every 30 s.
+
+    note: a dict of numbers that are shown as well; total: the number of items, if they have no len.
+    """
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns - 1
+    total = len(items) if total is None else total
+    start = time.monotonic()
+    shown = start
+    for n, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if n == total or now - shown > (0.2 if terminal else 30):
+            shown = now
+            rate = n / max(now - start, 1e-9)
+            left = f"{now - start:.1f} s" if n == total else f"{(total - n) / rate:.0f} s left"
+            numbers = "  ".join(f"{key} {value:.3f}" for key, value in (note or {}).items())
+            line = f"{name} {n}/{total}  {rate:.1f}/s  {left}  {numbers}".rstrip()
+            line = f"\r{line[:width]:<{width}}" if terminal else line
+            print_line(line, end="" if terminal and n < total else "\n")
+
+
+def run_command(name, command, argv):
+    """Run command(argv) for people: return its exit status, 0 if it returns none.
+
+    Bad input gives one line on standard error and status 2, Ctrl-C status 130.
+    """
+    warnings.filterwarnings("ignore", module="PIL")  # our own messages name the file
+    try:
+        return command(sys.argv[1:] if argv is None else argv) or 0
+    except InputError as e:
+        print_line(f"{name}: {e}", stream=sys.stderr)
+    except OSError as e:
+        print_line(f"{name}: {e.filename} cannot be used ({e.strerror}). Check the path and its "
+                   "permissions.", stream=sys.stderr)  # fmt: skip
+    except KeyboardInterrupt:
+        print_line(f"{name}: stopped.", stream=sys.stderr)
+        return 130
+    return 2
+
+
+# ---- python data.py ------------------------------------------------------------------------------
 
 
 def report(path):
-    """Print what the loader sees in a devkit or folder of photos: splits, classes, sizes, masks,
-    and which other files there are. Raises InputError with every fault, of masks too."""
-    kits = [VOC(path, "train") if devkit_in(path) else Photos(path)]
-    kits += [VOC(path, "val")] if kits[0].has("val") else []
-    how = "a VOC devkit (--voc)" if devkit_in(path) else "photos in folders or tags.csv (--photos)"
-    say(f"{kits[0].root}: {how}")
-    faults = []
-    for kit in kits:
+    """Print what the loader finds in a devkit or a folder of photos.
+
+    Raises InputError with all problems, those of the masks as well.
+    """
+    sets = [VOC(path, "train") if devkit_in(path) else Photos(path)]
+    if sets[0].has("val"):
+        sets.append(VOC(path, "val"))
+        warn_of_lists(*sets)
+    is_devkit = devkit_in(path) is not None
+    what = "a VOC devkit (--voc)" if is_devkit else "photos in folders or tags.csv (--photos)"
+    print_line(f"{sets[0].root}: {what}")
+    problems = []
+    for one in sets:
         try:
-            kit.scan(masks=True, most=len(kit.ids))
-        except InputError as fault:
-            faults += str(fault).splitlines()
-        sides = np.array(kit.sizes or [(0, 0)])
-        masks = sum(path is not None for path in kit.mask_paths)
-        say(f"{kit.split}: {len(kit.ids)} photos, {sides.min()} to {sides.max()} pixels a side")
-        say(f"  masks, for scoring only: {masks}")
-        for name, n in zip(kit.classes, kit.tags.sum(0).int().tolist()):
-            say(f"  {name}: {n}")
-        say(f"  without a tag: {int((kit.tags.sum(1) == 0).sum())}")
-    if isinstance(kits[0], Photos):
-        taken = {*kits[0].image_paths, *kits[0].mask_paths}
-        others = [p for p in kits[0].root.rglob("*") if p.is_file() and p not in taken]
-        names = ", ".join(str(p.relative_to(kits[0].root)) for p in sorted(others)[:10])
-        say(f"  {len(others)} other files, not used (or copies of a photo): {names}")
-    need(not faults, *faults)
+            one.scan(masks=True, most=len(one.ids))
+        except InputError as problem:
+            problems.append(problem)
+        masks = sum(mask is not None for mask in one.mask_paths)
+        sides = np.array(one.sizes or [(0, 0)])
+        print_line(f"{one.split}: {len(one.ids)} photos, sides of {sides.min()} to {sides.max()} "
+                   f"pixels, {masks} masks (for scoring only)")  # fmt: skip
+        for name, n in zip(one.class_names, one.tags.sum(0).int().tolist()):
+            print_line(f"  {name}: {n}")
+        print_line(f"  without a tag: {int((one.tags.sum(1) == 0).sum())}")
+    raise_all(problems, len(problems))
+
+
+def main(argv=None):
+    """Run `python data.py PATH`; return the exit status."""
+
+    def command(words):
+        if len(words) != 1 or words[0].startswith("-"):
+            raise InputError("data.py", "takes one folder", "Usage: python data.py PATH", "usage")
+        report(words[0])
+
+    return run_command("data.py", command, argv)
 
 
 if __name__ == "__main__":
-    try:
-        fine = len(sys.argv) == 2 and not sys.argv[1].startswith("-")
-        need(fine, "python data.py PATH; expected one folder")
-        report(sys.argv[1])
-    except (InputError, PermissionError) as fault:
-        say(f"data.py: {fault}", stream=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

