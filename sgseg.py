@@ -155,12 +155,13 @@ class SGSeg(nn.Module):
             raise ValueError(f"a label has 8 bits, the network {len(self.label_names)} labels")
         k, q = self.class_probabilities(read_image(image))
         best = q.max(0).indices  # (H,W); ten times as fast as argmax(0) on a CPU
-        return k[best].to(torch.uint8).cpu().numpy()
+        return data.remove_specks(k[best].to(torch.uint8).cpu().numpy())
 
     def probabilities(self, image):
         """Return (K+1,H,W) float32: `class_probabilities`, scaled to a sum of 1 at every pixel.
 
-        Classes that lead nowhere are 0. `segment` is the argmax. image and errors as there.
+        Classes that lead nowhere are 0. `segment` is the argmax without specks; image and errors as
+        there.
         """
         k, q = self.class_probabilities(read_image(image))
         p = torch.zeros(len(self.label_names), *q.shape[1:], device=q.device)
@@ -376,6 +377,9 @@ class Lite0(Backbone):
     def forward(self, x):
         low = self.blocks[:3](F.relu6(self.bn0(self.conv_stem(x))))  # (B,24,H/4,W/4)
         mid = F.avg_pool2d(low, 3, 2, 1, count_include_pad=False)  # (B,24,H/8,W/8)
+        # ImageNet training padded strided convolutions at the bottom and right only. Padding at the
+        # top and left makes the first row and column unlike their neighbours: copy the second.
+        mid = F.pad(mid[:, :, 1:, 1:], (1, 0, 1, 0), mode="replicate")
         high = F.relu6(self.bn1(self.conv_head(self.blocks[3:](low))))
         return mid, high  # (B,1280,H/16,W/16)
 

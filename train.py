@@ -276,17 +276,19 @@ def refine_labels(run, r):
         counts += np.bincount(run.label(i, r).ravel(), minlength=256)
     counts = all_sum(counts)
     share = (counts / counts.sum()).tolist()
-    run.log("labels", round=r, undecided=share[IGNORE], shares=dict(zip(run.net.label_names, share)))
+    shares = dict(zip(run.net.label_names, share))
+    run.log("labels", round=r, undecided=share[IGNORE], shares=shares)
     warn_of_lost_classes(run, r, share)
     run.save()
 
 
 def make_label(run, i, r):
-    """Return the label (H,W) uint8 of training photo i in refine r."""
+    """Return the label (H,W) uint8 of training photo i in refine r; the last has no specks."""
     if i in run.corrected:
         return data.read_mask(run.corrected[i], len(run.train_set.class_names))
     image = read_image(run.train_set.image_paths[i])
-    return run.annotate(run.net, image, run.train_set.tags[i], run.cfg, r)[-1][0].cpu().numpy()
+    label = run.annotate(run.net, image, run.train_set.tags[i], run.cfg, r)[-1][0].cpu().numpy()
+    return label if r <= run.cfg.rounds else data.remove_specks(label)
 
 
 def warn_of_lost_classes(run, r, share):
@@ -451,7 +453,7 @@ def read_batches(run, r, epoch, parts):
 
 
 def deterministic(wanted):
-    """On CUDA, sum the gradients of bilinear interpolation in a fixed order, so that runs repeat."""
+    """On CUDA, sum gradients of bilinear interpolation in a fixed order, so that runs repeat."""
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(wanted, warn_only=True)
         warnings.filterwarnings("ignore", "nll_loss2d_forward")  # only printed, never summed
@@ -553,10 +555,10 @@ def validate(net, photos):
 def score_stages(run):
     """Return summaries over the training photos that have masks and were not corrected.
 
-    "train cam", "train affinity", "train self_guided": the maps that round 1 refines (of the network
-    after the warm-up), cut at (lo + hi) / 2. "labels roundR" and "last labels": the pseudo labels,
-    where they are decided; `decided` is the share of pixels. Photos whose mask cannot be used are
-    left out and named.
+    "train cam", "train affinity", "train self_guided": the maps that round 1 refines (of the
+    network after the warm-up), cut at (lo + hi) / 2. "labels roundR" and "last labels": the pseudo
+    labels, where they are decided; `decided` is the share of pixels. Photos whose mask cannot be
+    used are left out and named.
     """
     photos = run.train_set
     have = [i for i, path in enumerate(photos.mask_paths) if path and i not in run.corrected]
@@ -620,7 +622,7 @@ def summarise(run, C):
 def evaluate(run):
     """Score the head on val and every stage on the training photos: a table and results.json."""
     if run.epoch < epochs_before(run.cfg, min(2, run.cfg.rounds + 1)):
-        raise InputError(run.folder, "has not finished its first round", "Use --resume", "unfinished")
+        raise InputError(run.folder, "has not finished a round", "Use --resume", "unfinished")
     run.net.eval()
     val = validate(run.net, run.val_set) if run.cfg.rounds else None  # else the head is untrained
     rows = {}
@@ -643,8 +645,8 @@ def print_scores(rows, label_names):
     if not rows:
         print_line("no masks, no scores")
         return
-    print_line("\nIoU in %. train: maps of round 1, cut at (lo + hi) / 2. labels: of decided pixels "
-               "(their share: decided).")  # fmt: skip
+    print_line("\nIoU in %. train: maps of round 1, cut at (lo + hi) / 2. labels: decided pixels "
+               "only (their share: decided).")  # fmt: skip
     print_line(f"{'':18}  mIoU  decided " + " ".join(f"{name[:5]:>5}" for name in label_names))
     for name, s in rows.items():
         values = [s["miou"], s["decided"], *(s["iou"].get(k) for k in label_names)]
@@ -985,14 +987,16 @@ def load_run(folder, given=None, lock=True):
         if differing:
             name = differing[0]
             problem = f"was started with --{name.replace('_', '-')} {own[name]}, not {given[name]}"
-            raise InputError(folder, problem, "Leave the option out, or start a new --out", "option")
+            remedy = "Leave the option out, or start a new --out"
+            raise InputError(folder, problem, remedy, "option")
     held = lock_folder(Path(folder)) if lock else None
     run = build(cfg, initialize=False)
     run.lock = held
     for what, value in identity(run).items():
         if value != state["data"][what]:
             problem = f"has other {what} than when {folder} was started"
-            raise InputError(run.train_set.root, problem, "Restore them, or start a new --out", what)
+            remedy = "Restore them, or start a new --out"
+            raise InputError(run.train_set.root, problem, remedy, what)
     with as_input_error(path, "is not a checkpoint of this version", "Start a new --out", "model"):
         run.net.load_state_dict(data.check_finite(state["model"], path))
         run.optimizer.load_state_dict(state["optimizer"])
@@ -1018,7 +1022,7 @@ def lock_folder(folder):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         if e.errno in (errno.EACCES, errno.EAGAIN):
-            raise InputError(folder, "is in use by another process", "Wait for it", "lock") from None
+            raise InputError(folder, "is in use by another run", "Wait for it", "lock") from None
         data.warn(f"{folder} cannot be locked ({e.strerror}): start only one run in it")
     for leftover in folder.rglob(".sgseg-*.tmp"):  # of a run that was killed
         if leftover.is_file():
@@ -1044,7 +1048,7 @@ def open_run(folder, given, resume, argv):
 
 
 def check(cfg):
-    """Return cfg with weights and device resolved. Raises InputError for values that cannot work."""
+    """Return cfg with weights and device resolved. Raises InputError for unusable values."""
     for f in fields(Config):
         value = getattr(cfg, f.name)
         low, high = f.metadata["low"], f.metadata["high"]
@@ -1062,8 +1066,8 @@ def check(cfg):
     if cfg.weights == "auto" and BACKBONES[cfg.backbone].imagenet is None:
         cfg.weights = "none"
     if cfg.weights == "none" and cfg.warmup < 1:
-        fail("warmup", cfg.warmup, "Without ImageNet weights the CAM head is trained in the warm-up:"
-             " give --warmup 15, and for example --lr 0.1")  # fmt: skip
+        fail("warmup", cfg.warmup, "Without ImageNet weights the warm-up trains the CAM head: "
+             "give --warmup 15, and for example --lr 0.1")  # fmt: skip
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices = ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count())), "cpu"]
@@ -1086,7 +1090,7 @@ def make_parser():
     parser = argparse.ArgumentParser("train.py", None, __doc__, formatter_class=layout)
     jobs = parser.add_mutually_exclusive_group()
     jobs.add_argument("--resume", action="store_true", help="continue the run in --out")
-    jobs.add_argument("--eval", metavar="RUN", help="score a run; with --voc on that devkit's split")
+    jobs.add_argument("--eval", metavar="RUN", help="score a run; with --voc, on that devkit")
     jobs.add_argument("--segment", metavar="PHOTO", nargs="+", help="masks from the run in --out")
     parser.add_argument("--split", default="val", help="with --eval and --voc: the list [val]")
     help = "with --segment, --eval: average over scales 0.5 to 1.5"
@@ -1128,8 +1132,7 @@ def parse(argv):
         parser.error("--split belongs to --eval RUN --voc PATH")
     if job.eval and "out" in given:
         parser.error("--eval RUN already names the run: leave --out out")
-    allowed = {"out", "device", "object_bias"} if job.segment else {"voc", "photos", "device",
-                                                                  "size", "object_bias"}  # fmt: skip
+    allowed = {"device", "object_bias"} | ({"out"} if job.segment else {"voc", "size"})
     useless = set(given) - allowed
     if (job.segment or job.eval) and useless:
         parser.error(f"--{useless.pop().replace('_', '-')} has no effect here: leave it out")
@@ -1166,7 +1169,7 @@ def run_job(argv):
 
 
 def find_run(out):
-    """Return the run folder: --out, or the only one in runs/ that has a model. Raises InputError."""
+    """Return the run folder: --out, or the only one in runs/ with a model. Raises InputError."""
     if out:
         return out
     runs = sorted(str(path.parent) for path in Path("runs").glob("*/model.pt"))

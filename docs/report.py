@@ -1,8 +1,17 @@
-"""A run as one page to look at: python docs/report.py RUN writes RUN/report.html.
+"""Show runs: as a page, as a chart, or as a table.
 
-Panels of every round, loss and score curves, IoU by class, how much each round labels as what, the
-ten photos whose last labels are worst (where masks are at hand), and the configuration. One file,
-nothing loaded from elsewhere.
+    python docs/report.py RUN                                    write RUN/report.html
+    python docs/report.py --chart OUT.svg NAME=RUN[,RUN...] ...  draw val mIoU by round
+    python docs/report.py --table RUN ...                        print headline figures as markdown
+
+The page is one file that loads nothing. It holds the panels of every round, the losses, the scores,
+the IoU of every class, the share of every label, the ten photos whose last labels are worst (where
+there are masks), and the configuration.
+
+The chart has a line for each method: the mean of its runs, and a band from the lowest to the
+highest run. The runs of one method differ in their seed.
+
+The JSON of a run is not trusted: numbers are checked, and all text is escaped.
 """
 
 import argparse
@@ -10,16 +19,16 @@ import base64
 import html
 import io
 import json
+import math
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
-from data import IGNORE, VOC, InputError, Photos, need, read_text, refusing
-from table import read_run
+from data import IGNORE, VOC, InputError, Photos, as_input_error, print_line, read_text
 
 STYLE = """
 :root { color-scheme: light }
@@ -33,181 +42,380 @@ figure { margin: 0 } figcaption { color: #555; font-size: .9rem }
 table { border-collapse: collapse } td { padding: .1rem 1rem .1rem 0; vertical-align: top }
 svg text { font: 12px system-ui, sans-serif; fill: #333 }
 """
-LINES = ("#1f6fb4", "#d1495b", "#3c8d5a", "#8a5ab5")
+# the palette of Okabe and Ito, which the colour-blind can tell apart
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+LOGGED = {  # the numbers that are read from each kind of row in metrics.jsonl
+    "update": ("epoch", "L_cls", "L_seg"),
+    "labels": ("round", "undecided"),
+    "val": ("round", "val_miou"),
+}
 
 
-def colour(k):
-    """VOC's colour of index k, as CSS; cream for undecided is drawn grey."""
+# ---- reading a run -------------------------------------------------------------------------------
+
+
+def number(x):
+    """Return x if it is a finite number. Raises ValueError."""
+    if type(x) not in (int, float) or not math.isfinite(x):
+        raise ValueError(f"{str(x)[:40]!r} is not a number")
+    return x
+
+
+def read_results(folder):
+    """Return {row: {"miou", "decided", "iou": {class: IoU}}} of RUN/results.json.
+
+    Raises InputError.
+    """
+    path = folder / "results.json"
+    text = read_text(path)
+    results = {}
+    with as_input_error(path, "is not of this version", "Run train.py --eval RUN", "results"):
+        for name, row in json.loads(text).items():
+            iou = {k: number(x) for k, x in row["iou"].items()}
+            figures = {"miou": number(row["miou"]), "decided": number(row["decided"])}
+            results[name] = figures | {"iou": iou}
+    return results
+
+
+def read_metrics(path):
+    """Return the rows of LOGGED in a metrics.jsonl; path: that file or its run folder.
+
+    Raises InputError.
+    """
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    text = read_text(path)
+    rows = []
+    with as_input_error(path, "is not of this version", "Give another run", "results"):
+        for line in text.splitlines():
+            row = json.loads(line)
+            if row["what"] in LOGGED:
+                kept = {k: number(row[k]) for k in LOGGED[row["what"]]}
+                shares = {k: number(x) for k, x in row.get("shares", {}).items()}
+                rows.append({"what": row["what"], "shares": shares} | kept)
+    return rows
+
+
+def read_run(folder):
+    """Return the results and the metrics of a finished run. Raises InputError."""
+    if not folder.is_dir():
+        raise InputError(folder, "is not a folder", "Give the folder of a run", "missing")
+    return read_results(folder), read_metrics(folder)
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def escape(text):
+    """Return text that HTML and SVG show as it is, without control characters."""
+    return html.escape(data.printable(str(text)))
+
+
+def css_colour(k):
+    """Return VOC's colour of index k for CSS; undecided, which is cream elsewhere, is grey."""
     r, g, b = data.palette_image(np.array([[k]])).convert("RGB").getpixel((0, 0))
     return "#bbb" if k == IGNORE else f"rgb({r},{g},{b})"
 
 
 def picture(image, width=None):
-    """A PIL image as an <img> that carries its own JPEG."""
-    image = image.convert("RGB")
+    """Return a PIL image as an <img> that contains its own JPEG, at most `width` pixels wide."""
     if width and image.width > width:
-        image = image.resize((width, round(width * image.height / image.width)))
+        image = image.resize((width, max(1, round(width * image.height / image.width))))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
+def figure(title, names, svg):
+    """Return a <figure>: the title, the names in their colours, and the drawing."""
+    keys = [f'<b style="color:{c}">{escape(name)}</b>' for name, c in zip(names, COLOURS)]
+    return f"<figure><figcaption>{escape(title)}: {', '.join(keys)}</figcaption>{svg}</figure>"
+
+
 def curves(title, lines, unit=1.0):
-    """A line chart, {name: [(x, y), ...]}, as a figure with inline SVG; y is shown times unit."""
+    """Return a line chart of {name: [(x, y), ...]} from 0 to the largest y, times unit."""
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         return ""
-    xs = [x for points in lines.values() for x, _ in points]
+    xs = sorted({x for points in lines.values() for x, _ in points})
     top = max(y for points in lines.values() for _, y in points) or 1.0
-    left, right = min(xs), max(max(xs), min(xs) + 1)
+    left = xs[0]
+    width = max(xs[-1] - left, 1)
     parts = []
     for share in (0, 0.5, 1):
         y = 180 - 160 * share
         parts.append(f'<line x1="45" x2="390" y1="{y}" y2="{y}" stroke="#ddd"/>')
         parts.append(f'<text x="40" y="{y + 4}" text-anchor="end">{top * share * unit:.3g}</text>')
-    for x in sorted(set(xs)) if len(set(xs)) <= 12 else (left, right):
-        at = 45 + 345 * (x - left) / (right - left)
+    for x in xs if len(xs) <= 12 else (xs[0], xs[-1]):
+        at = 45 + 345 * (x - left) / width
         parts.append(f'<text x="{at:.0f}" y="197" text-anchor="middle">{x:g}</text>')
-    for (name, points), stroke in zip(lines.items(), LINES):
-        at = [(45 + 345 * (x - left) / (right - left), 180 - 160 * y / top) for x, y in points]
+    for points, colour in zip(lines.values(), COLOURS):
+        at = [(45 + 345 * (x - left) / width, 180 - 160 * y / top) for x, y in points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
-        style = f'fill="none" stroke="{stroke}" stroke-width="2"'
-        parts.append(f'<polyline points="{path}" {style}/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{stroke}"/>' for x, y in at]
-    keys = [f'<b style="color:{stroke}">{name}</b>' for name, stroke in zip(lines, LINES)]
-    svg = f'<svg viewBox="0 0 400 200" role="img">{"".join(parts)}</svg>'
-    return f"<figure><figcaption>{title}: {', '.join(keys)}</figcaption>{svg}</figure>"
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in at]
+    return figure(title, lines, f'<svg viewBox="0 0 400 200" role="img">{"".join(parts)}</svg>')
 
 
 def bars(title, rows, names):
-    """IoU by class, one bar for each {name: IoU} of rows, as a figure with inline SVG."""
+    """Return a bar chart of {row: {name: IoU}}: for every name a bar of each row."""
     parts = []
-    height = 14 * len(rows) + 8
+    height = 14 * len(rows) + 8  # of one name's bars
     for n, name in enumerate(names):
         y = n * height
-        parts.append(f'<text x="105" y="{y + 14}" text-anchor="end">{html.escape(name)}</text>')
-        for m, (iou, fill) in enumerate(zip(rows.values(), LINES)):
-            x = iou.get(name) or 0
-            where = f'x="110" y="{y + 14 * m + 3}" width="{max(1, 240 * x):.0f}" height="12"'
-            parts.append(f'<rect {where} fill="{fill}"/>')
-            parts.append(
-                f'<text x="{115 + 240 * x:.0f}" y="{y + 14 * m + 13}">{100 * x:.1f}</text>'
-            )
-    keys = [f'<b style="color:{fill}">{name}</b>' for name, fill in zip(rows, LINES)]
+        parts.append(f'<text x="105" y="{y + 14}" text-anchor="end">{escape(name)}</text>')
+        for iou, colour in zip(rows.values(), COLOURS):
+            x = 240 * iou.get(name, 0)
+            place = f'x="110" y="{y + 3}" width="{max(1, x):.0f}" height="12"'
+            parts.append(f'<rect {place} fill="{colour}"/>')
+            parts.append(f'<text x="{115 + x:.0f}" y="{y + 13}">{100 * x / 240:.1f}</text>')
+            y += 14
     size = f'class="bars" viewBox="0 0 400 {height * len(names)}"'
-    svg = f'<svg {size} role="img">{"".join(parts)}</svg>'
-    return f"<figure><figcaption>{title}: {', '.join(keys)}</figcaption>{svg}</figure>"
+    return figure(title, rows, f'<svg {size} role="img">{"".join(parts)}</svg>')
 
 
-def stacks(metrics, names):
-    """What each refine labels its pixels as: a stacked bar for each, as a figure."""
-    parts = []
+def stacks(metrics):
+    """Return a stacked bar for each refine: the share of the pixels that every label has."""
     rows = [row for row in metrics if row["what"] == "labels"]
+    parts = []
+    present = {}  # name -> index
     for n, row in enumerate(rows):
+        y = 40 * n
         x = 60.0
-        parts.append(
-            f'<text x="55" y="{40 * n + 25}" text-anchor="end">refine {row["round"]}</text>'
-        )
-        for name, share in [*row["shares"].items(), ("undecided", row["undecided"])]:
-            width = 730 * share
-            k = IGNORE if name == "undecided" else names.index(name)
-            label = f"<title>{html.escape(name)} {share:.1%}</title>"
-            where = f'x="{x:.1f}" y="{40 * n + 5}" width="{width:.1f}" height="30"'
-            parts.append(f'<rect {where} fill="{colour(k)}">{label}</rect>')
-            x += width
-    present = [name for name in names if any(row["shares"][name] for row in rows)]
-    keys = [
-        f'<span style="color:{colour(names.index(k))}">■</span> {html.escape(k)}' for k in present
-    ]
-    keys.append(f'<span style="color:{colour(IGNORE)}">■</span> undecided')
+        parts.append(f'<text x="55" y="{y + 25}" text-anchor="end">refine {row["round"]:g}</text>')
+        shares = [*enumerate(row["shares"].items()), (IGNORE, ("undecided", row["undecided"]))]
+        for k, (name, share) in shares:
+            title = f"<title>{escape(name)} {share:.1%}</title>"
+            place = f'x="{x:.1f}" y="{y + 5}" width="{730 * share:.1f}" height="30"'
+            parts.append(f'<rect {place} fill="{css_colour(k)}">{title}</rect>')
+            x += 730 * share
+            present |= {name: k} if share else {}
+    keys = [f'<span style="color:{css_colour(k)}">■</span> {escape(name)}'
+            for name, k in sorted(present.items(), key=lambda item: item[1])]  # fmt: skip
     svg = f'<svg viewBox="0 0 800 {40 * len(rows)}" role="img">{"".join(parts)}</svg>'
     return f"<figure>{svg}<figcaption>{' '.join(keys)}</figcaption></figure>"
 
 
-def worst(folder, config, names, most=10):
-    """Photo | last label | mask of the photos whose last labels agree least, by the mean IoU over
-    the classes of their masks where they are decided; a sentence where there are no masks."""
-    toy = folder / "toy"
+def worst_photos(folder, config, class_names, most=10):
+    """Return photo | last label | mask of the photos whose last labels have the lowest mIoU.
+
+    The mIoU is over the classes in the photo's mask, on pixels that the label decides.
+    """
     try:
-        kit = Photos(config["photos"]) if config["photos"] else VOC(config["voc"] or toy, "train")
-    except InputError as fault:
-        return f"<p>{html.escape(str(fault))}</p>"
+        root = config["voc"] or folder / "toy"
+        photos = Photos(config["photos"]) if config["photos"] else VOC(root, "train")
+    except InputError as problem:
+        return f"<p>{escape(problem)}</p>"
     scored = []
-    for i, mask in enumerate(kit.mask_paths):
-        path = folder / "masks" / f"{kit.ids[i]}.png"
-        if mask and path.exists():
-            truth = data.read_mask(mask, len(names) - 1)
-            label = data.read_mask(path, len(names) - 1, truth.shape[::-1])
-            C = data.confusion(np.where(label == IGNORE, IGNORE, truth), label, 254)
-            score = data.summary(C, [str(k) for k in range(254)])["miou"]
-            scored.append((score, i))
-    rows = []
-    for score, i in sorted(scored)[:most]:
-        image = data.read_image(kit.image_paths[i])
-        shown = [image]
-        for mask in (folder / "masks" / f"{kit.ids[i]}.png", kit.mask_paths[i]):
-            shown.append(data.overlay(image, data.read_mask(mask, 255)))
+    problems = []
+    for i, mask in enumerate(photos.mask_paths):
+        path = folder / "masks" / f"{photos.ids[i]}.png"
+        if mask is None or not path.exists():
+            continue
+        try:
+            truth = data.read_mask(mask, len(class_names))
+            label = data.read_mask(path, len(class_names), truth.shape[::-1])
+        except InputError as problem:
+            problems.append(problem)
+            continue
+        decided = np.where(label == IGNORE, IGNORE, truth)
+        C = data.confusion(decided, label, len(class_names))
+        scored.append((data.summary(C, class_names)["miou"], i, label, truth))
+        scored = sorted(scored, key=lambda entry: entry[0])[:most]
+    parts = ["<p>Photo, last label, mask; mean IoU of the classes in the mask.</p>"]
+    for score, i, label, truth in scored:
+        image = data.read_image(photos.image_paths[i])
+        shown = [image, data.overlay(image, label), data.overlay(image, truth)]
         pictures = "".join(picture(one, 300) for one in shown)
-        caption = f"<figcaption>{html.escape(kit.ids[i])}: {score:.1%}</figcaption>"
-        rows.append(f"<figure>{pictures}{caption}</figure>")
-    rows[:0] = (
-        ["<p>Photo, last label, mask; mean IoU of the classes in the mask.</p>"] if rows else []
-    )
-    return "".join(rows) or "<p>No masks to compare with.</p>"
+        caption = f"<figcaption>{escape(photos.ids[i])}: {score:.1%}</figcaption>"
+        parts.append(f"<figure>{pictures}{caption}</figure>")
+    if problems:
+        parts.append(f"<p>{len(problems)} masks were left out. The first: {escape(problems[0])}</p>")
+    return "".join(parts) if scored or problems else "<p>No masks to compare with.</p>"
 
 
-def report(folder):
-    """The page of a run, as text. Raises InputError."""
+def round_panels(folder):
+    """Return the panels of every round, in order."""
+    found = (re.fullmatch(r"round(\d+)\.png", p.name) for p in (folder / "panels").glob("*.png"))
+    parts = []
+    for r in sorted(int(match[1]) for match in found if match):
+        page = picture(data.read_image(folder / "panels" / f"round{r}.png"))
+        caption = f"<figcaption>after round {r}</figcaption>"
+        parts.append(f'<figure class="scroll">{caption}{page}</figure>')
+    return "".join(parts)
+
+
+def page(folder):
+    """Return the page of a run as text. Raises InputError."""
     results, metrics = read_run(folder)
-    lines = read_text(folder / "classes.txt").splitlines()  # index, name, colour
-    names = [" ".join(line.split(" ")[1:-1]) for line in lines]
     about = json.loads(read_text(folder / "config.json"))
-    update = [row for row in metrics if row["what"] == "update"]
-    lines = {k: [(row["epoch"], row[k]) for row in update] for k in ("L_cls", "L_seg")}
-    val = [(row["round"], row["val_miou"]) for row in metrics if row["what"] == "val"]
-    labels = {k: s for k, s in results.items() if k.startswith("labels")}
-    scores = {"labels": [(n, s["miou"]) for n, s in enumerate(labels.values(), 1)], "val": val}
-    shown = {name: results[name]["iou"] for name in [*list(labels)[:1], *list(labels)[-1:]]}
-    shown |= {"val seg": results["val seg"]["iou"]} if "val seg" in results else {}
-    occurring = [name for name in names if any(name in iou for iou in shown.values())]
-    panels = (folder / "panels").glob("round[0-9]*.png")
-    panels = sorted(panels, key=lambda path: int(path.stem[5:]))
-    rounds = []
-    for path in panels:
-        page = picture(Image.open(path))
-        caption = f"<figcaption>after round {path.stem[5:]}</figcaption>"
-        rounds.append(f'<figure class="scroll">{caption}{page}</figure>')
-    config = [f"<tr><td>{k}<td>{html.escape(str(v))}" for k, v in about["config"].items()]
-    command = html.escape(" ".join(["python train.py", *about["command"]]))
+    # a line of classes.txt is: index, name, colour
+    lines = read_text(folder / "classes.txt").splitlines()
+    names = [line.split(" ", 1)[1].rpartition(" ")[0] for line in lines]
+    # losses and scores by epoch and by round
+    updates = [row for row in metrics if row["what"] == "update"]
+    losses = {k: [(row["epoch"], row[k]) for row in updates] for k in ("L_cls", "L_seg")}
+    labels = {name: row for name, row in results.items() if "labels" in name}
+    scores = {"labels": [(n, row["miou"]) for n, row in enumerate(labels.values(), 1)]}
+    scores["val"] = [(row["round"], row["val_miou"]) for row in metrics if row["what"] == "val"]
+    # the IoU of every class: first labels, last labels, val
+    chosen = [*list(labels)[:1], *list(labels)[-1:], *({"val seg"} & set(results))]
+    iou = {name: results[name]["iou"] for name in chosen}
+    occurring = [name for name in names if any(name in row for row in iou.values())]
+    config = [f"<tr><td>{escape(k)}<td>{escape(v)}" for k, v in about["config"].items()]
+    command = escape(" ".join(["python train.py", *map(str, about["command"])]))
+    title = escape(folder.resolve().name)
     return f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(folder.name)}</title><style>{STYLE}</style>
-<h1>{html.escape(folder.name)}</h1><p><code>{command}</code></p>
-<div class="row">{curves("losses by epoch", lines)}{curves("mIoU by round, %", scores, 100)}</div>
-<h2>The same images after every round</h2>{"".join(rounds)}
-<h2>IoU by class, %</h2>{bars("IoU", shown, occurring) if shown else "<p>No masks.</p>"}
-<h2>What each refine labels</h2>{stacks(metrics, names)}
-<h2>Where the last labels are worst</h2>{worst(folder, about["config"], names)}
-<h2>Configuration</h2><table>{"".join(config)}</table></html>"""
+<title>{title}</title><style>{STYLE}</style>
+<h1>{title}</h1><p><code>{command}</code></p>
+<div class="row">{curves("losses by epoch", losses)}{curves("mIoU by round, %", scores, 100)}</div>
+<h2>The same images after every round</h2>{round_panels(folder)}
+<h2>IoU by class, %</h2>{bars("IoU", iou, occurring) if iou else "<p>No masks.</p>"}
+<h2>Labels of each refine</h2>{stacks(metrics)}
+<h2>Where the last labels are worst</h2>{worst_photos(folder, about["config"], names[1:])}
+<h2>Configuration</h2><table>{"".join(config)}</table></html>
+"""
+
+
+# ---- the chart -----------------------------------------------------------------------------------
+
+
+def val_by_round(folders):
+    """Return {round: [val mIoU in % of every run]} for the rounds that all runs have."""
+    runs = []
+    for folder in folders:
+        rows = read_metrics(Path(folder))
+        runs.append({row["round"]: 100 * row["val_miou"] for row in rows if row["what"] == "val"})
+    common = sorted(set.intersection(*map(set, runs)))
+    if not common:
+        problem = "has no score on val" if len(folders) == 1 else "have no round in common"
+        raise InputError(",".join(folders), problem, "Give runs with a val list", "results")
+    return {r: [run[r] for run in runs] for r in common}
+
+
+def chart(methods):
+    """Return an SVG of val mIoU by round. methods: {name: {round: [mIoU in %, ...]}}.
+
+    The axis reaches from the lowest to the highest value, rounded to multiples of 5.
+    """
+    values = [x for rounds in methods.values() for runs in rounds.values() for x in runs]
+    low = 5 * math.floor(min(values) / 5)
+    high = max(low + 5, 5 * math.ceil(max(values) / 5))
+    last = max(2, *(r for rounds in methods.values() for r in rounds))
+    height = max(300, 24 * len(methods) + 60)
+
+    def place(r, v):
+        """Return the point of round r and value v, in pixels."""
+        x = 60 + 400 * (r - 1) / (last - 1)
+        y = height - 50 - (height - 90) * (v - low) / (high - low)
+        return f"{x:.1f},{y:.1f}"
+
+    # axes: a line for every 5 points, a number for every round
+    parts = [f'<rect width="720" height="{height}" fill="white"/>',
+             f'<text x="60" y="22">mIoU on val, %</text>']  # fmt: skip
+    for v in range(low, high + 1, 5 if high - low <= 50 else 10):
+        x, y = place(1, v).split(",")
+        parts.append(f'<path d="M{x} {y}h400" stroke="#ddd"/>')
+        parts.append(f'<text x="52" y="{float(y) + 4:.1f}" text-anchor="end">{v}</text>')
+    for r in range(1, last + 1):
+        x = place(r, low).split(",")[0]
+        parts.append(f'<text x="{x}" y="{height - 30}" text-anchor="middle">{r}</text>')
+    parts.append(f'<text x="260" y="{height - 10}" text-anchor="middle">round</text>')
+    # bands first, so that they hide no line; the legend is sorted by the last value
+    order = sorted(methods, key=lambda name: -np.mean(list(methods[name].values())[-1]))
+    bands = []
+    lines = []
+    for n, name in enumerate(order):
+        rounds = methods[name]
+        colour = COLOURS[n % len(COLOURS)]
+        edge = [place(r, max(v)) for r, v in rounds.items()]
+        edge += [place(r, min(v)) for r, v in reversed(rounds.items())]
+        bands.append(f'<polygon points="{" ".join(edge)}" fill="{colour}" fill-opacity="0.2"/>')
+        means = [place(r, np.mean(v)) for r, v in rounds.items()]
+        path = " ".join(means)
+        lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for point in means:
+            x, y = point.split(",")
+            lines.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
+        y = 50 + 24 * n
+        runs = len(next(iter(rounds.values())))
+        label = f"{name} ({runs} {'run' if runs == 1 else 'runs'})"
+        lines.append(f'<path d="M490 {y - 4}h24" stroke="{colour}" stroke-width="3"/>')
+        lines.append(f'<text x="522" y="{y}">{escape(label)}</text>')
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height}" role="img"'
+    style = 'font-family="system-ui, sans-serif" font-size="14" fill="#222"'
+    return f"{head} {style}>\n" + "\n".join([*parts, *bands, *lines]) + "\n</svg>\n"
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def headline(folder):
+    """Return {"maps of round 1": mIoU in %, "labels round1", ..., "val round1", ...} of a run."""
+    results, metrics = read_run(folder)
+    figures = {}
+    if "train self_guided" in results:
+        figures["maps of round 1"] = results["train self_guided"]["miou"]
+    figures |= {name: row["miou"] for name, row in results.items() if "labels" in name}
+    figures |= {f"val round{m['round']:g}": m["val_miou"] for m in metrics if m["what"] == "val"}
+    return {name: 100 * x for name, x in figures.items()}
+
+
+def table(folders):
+    """Return lines of markdown: the figures of each run, then mean ± standard deviation."""
+    runs = [headline(Path(folder)) for folder in folders]
+    names = list(dict.fromkeys(name for run in runs for name in run))
+    rows = [["mIoU in %", *names], ["---"] * (len(names) + 1)]
+    for folder, run in zip(folders, runs):
+        texts = [f"{run[name]:.1f}" if name in run else "" for name in names]
+        rows.append([Path(folder).name, *texts])
+    if len(runs) > 1:
+        last = ["mean ± standard deviation"]
+        for name in names:
+            x = [run[name] for run in runs if name in run]
+            whole = len(x) == len(runs)  # a mean of some of the runs could not be compared
+            last.append(f"{np.mean(x):.1f} ± {np.std(x, ddof=1):.1f}" if whole else "")
+        rows.append(last)
+    return [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def run_job(argv):
+    """Write the page or the chart, or print the table. Raises InputError."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("report.py", None, __doc__, formatter_class=layout)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a finished run")
+    jobs = parser.add_mutually_exclusive_group()
+    jobs.add_argument("--chart", metavar="OUT.svg", type=Path, help="draw NAME=RUN[,RUN...] ...")
+    jobs.add_argument("--table", action="store_true", help="print a table of the runs")
+    given = parser.parse_args(argv)
+    if given.table:
+        for line in table(given.runs):
+            print_line(line)
+        return
+    if given.chart:
+        pairs = [text.partition("=") for text in given.runs]
+        if not all(name and folders for name, _, folders in pairs):
+            parser.error("--chart takes NAME=RUN or NAME=RUN,RUN")
+        target = given.chart
+        content = chart({name: val_by_round(folders.split(",")) for name, _, folders in pairs})
+    else:
+        if len(given.runs) > 1:
+            parser.error("a page shows one run; --table compares several")
+        folder = Path(given.runs[0])
+        target = folder / "report.html"
+        remedy = "Finish it with train.py --resume, or score it with train.py --eval"
+        with as_input_error(folder, "is not a finished run of this version", remedy, "run"):
+            content = page(folder)
+    data.write(target, content)
+    print_line(f"written: {target}")
 
 
 def main(argv=None):
-    """Returns 0, or 2 with one line."""
-    how = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser("report.py", None, __doc__, **how)
-    parser.add_argument("run", type=Path, help="a finished run")
-    folder = parser.parse_args(argv).run
-    try:
-        need(folder.is_dir(), f"{folder}: no such run; expected a run's folder; correct it")
-        fix = "expected a finished run of this version; train.py --resume, or --eval RUN"
-        with refusing(f"{folder}: cannot be read", fix):
-            page = report(folder.resolve())
-        data.write(folder / "report.html", page)
-    except InputError as fault:
-        print(f"report.py: {fault}", file=sys.stderr)
-        return 2
-    print(f"{folder / 'report.html'}")
-    return 0
+    """Run the command line; return the exit status."""
+    return data.run_command("report.py", run_job, argv)
 
 
 if __name__ == "__main__":
