@@ -484,7 +484,6 @@ def decode(source, convert):
         content = source.read(2**28 + 1)
     else:
         name = Path(source)
-        check_name(name)
         content = read(name)
     problem = "is not a readable image"
     if name != "the picture" and name.suffix.lower() in (".heic", ".heif", ".avif", ".gif"):
@@ -498,17 +497,6 @@ def decode(source, convert):
                 remedy = "Resize it to 16 or more a side and at most 64 million in all"
                 raise InputError(name, problem, remedy, "size")
             return convert(image, name)
-
-
-def check_name(path):
-    """Raise InputError for a file name that no result could have: too long, or not UTF-8."""
-    try:
-        encodable = len(Path(path).name.encode()) <= 235 and str(path).encode()
-    except UnicodeEncodeError:
-        encodable = False
-    if not encodable:
-        raise InputError(path, "has a name of over 235 bytes, or one that is not UTF-8",
-                         "Rename it", "names")  # fmt: skip
 
 
 def to_rgb(image, name):
@@ -639,7 +627,7 @@ def photos_of(path):
     if not os.access(path, os.R_OK | os.X_OK):
         raise InputError(path, "may not be read", "Change its permissions", "permission")
     pictures = [p for p in sorted(path.glob("[!.]*")) if p.suffix.lower() in ENDINGS]
-    pictures = [p for p in pictures if p.is_file() or not p.exists()]
+    pictures = [p for p in pictures if not p.is_dir()]
     stems = {p.stem for p in pictures}
     return [p for p in pictures if p.suffix != ".png" or p.stem.removesuffix("_stages") == p.stem
             or p.stem.removesuffix("_stages") not in stems]  # fmt: skip
@@ -704,7 +692,7 @@ def csv_bytes(rows):
     """Return rows as the content of a CSV file, with the byte order mark that Excel needs."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode("utf-8-sig")
+    return text.getvalue().encode("utf-8-sig", "surrogateescape")
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -955,19 +943,21 @@ def write(path, content, source=None):
     not made from it by this program is never replaced. Raises InputError.
     """
     path = Path(path)
-    if source is not None and path.exists() and source_of(path) != str(source):
-        problem = f"exists and was not made from {source}"
-        raise InputError(path, problem, "Move it, or rename the photo", "exists")
+    info = PngInfo()
+    if source is not None:
+        source = printable(str(source).encode(errors="replace").decode())
+        info.add_itxt("sgseg source", source)
+        if path.exists() and source_of(path) != source:
+            problem = f"exists and was not made from {source}"
+            raise InputError(path, problem, "Move it, or rename the photo", "exists")
     buffer = io.BytesIO()
     if isinstance(content, Image.Image):
-        info = PngInfo()
-        if source is not None:
-            info.add_itxt("sgseg source", str(source))
         content.save(buffer, "PNG", pnginfo=info)
     elif isinstance(content, dict):
         torch.save(content, buffer)
     else:
-        buffer.write(content.encode() if isinstance(content, str) else content)
+        text = isinstance(content, str)
+        buffer.write(content.encode(errors="surrogateescape") if text else content)
     temporary = path.with_name(f".sgseg-{secrets.token_hex(8)}.tmp")
     with as_input_error(path, "cannot be written", "Make room, or choose another folder", "write"):
         try:

@@ -564,6 +564,7 @@ def score_stages(run):
     have = [i for i, path in enumerate(photos.mask_paths) if path and i not in run.corrected]
     net = SGSeg.load(run.folder / "warmup.pt", run.cfg.device)
     C = {}
+    pixels = 0
     left_out = []
     contradicting = []
     for i in progress("score stages", [have[n] for n in shard(len(have))]):
@@ -574,15 +575,15 @@ def score_stages(run):
             left_out.append(str(problem))
             continue
         contradicting += [photos.ids[i]] * photos.contradicts(i, truth)
+        pixels += int((truth != IGNORE).sum())
         for name, label in stage_labels(run, net, image, i).items():
             decided = np.where(label == IGNORE, IGNORE, truth)
             C[name] = C.get(name, 0) + data.confusion(decided, label, len(photos.class_names))
-            C["pixels"] = C.get("pixels", 0) + (truth != IGNORE).sum() * (name == "train cam")
     left_out = sum(all_gather(left_out), [])
     if left_out:
         data.warn(f"{len(left_out)} training masks are not scored; the first: {left_out[0]}")
     photos.check_masks(sum(all_gather(contradicting), []))
-    return summarise(run, C)
+    return summarise(run, C, max(1, all_sum(pixels)))
 
 
 def stage_labels(run, net, image, i):
@@ -605,15 +606,14 @@ def stage_labels(run, net, image, i):
     return labels
 
 
-def summarise(run, C):
-    """Return {row: summary} of the confusion matrices that this process counted."""
+def summarise(run, C, pixels):
+    """Return {row: summary} of the confusion matrices of all processes, and the share decided."""
     parts = all_gather(C)
-    names = list(dict.fromkeys(name for part in parts for name in part))
-    C = {name: sum(part.get(name, 0) for part in parts) for name in names}
     rows = {}
-    for name in [name for name in names if name != "pixels"]:
-        rows[name] = data.summary(C[name], run.train_set.class_names)
-        rows[name]["decided"] = float(C[name].sum() / max(1, C.get("pixels") or C[name].sum()))
+    for name in dict.fromkeys(name for part in parts for name in part):
+        total = sum(part.get(name, 0) for part in parts)
+        rows[name] = data.summary(total, run.train_set.class_names)
+        rows[name]["decided"] = float(total.sum() / pixels)
         if run.corrected:
             rows[name]["left_out_because_corrected"] = [run.train_set.ids[i] for i in run.corrected]
     return rows
@@ -654,15 +654,16 @@ def print_scores(rows, label_names):
         print_line(f"{name:18} {texts[0]}    {' '.join(texts[1:])}")
 
 
-def evaluate_split(folder, path, split, device, size, scales):
+def evaluate_split(folder, given, split, scales):
     """Score a trained network on a split of any devkit with its classes; print, write the scores.
 
     The file is RUN/results_DEVKIT_SPLIT_sizeN_Mscales.json. Raises InputError.
     """
-    net = SGSeg.load(folder, device)
+    net = SGSeg.load(folder, check(Config(**given)).device)
     net.scales = scales
-    net.size = size or net.size
-    photos = data.VOC(path, split)
+    net.size = given.get("size", net.size)
+    net.object_bias = given.get("object_bias", net.object_bias)
+    photos = data.VOC(given["voc"], split)
     if photos.class_names != net.label_names[1:]:
         raise InputError(photos.root, "has other classes than the network",
                          "Give a devkit of the same classes", "classes")  # fmt: skip
@@ -673,7 +674,8 @@ def evaluate_split(folder, path, split, device, size, scales):
     if score is None:
         raise InputError(photos.root, f"lacks masks for {split}", "Add them all", "masks")
     print_scores({split: score}, net.label_names)
-    name = f"results_{Path(path).name}_{split}_size{net.size}_{len(scales)}scales.json"
+    devkit = Path(given["voc"]).name
+    name = f"results_{devkit}_{split}_size{net.size}_{len(scales)}scales.json"
     write(Path(folder) / name, json.dumps({split: score}, indent=1))
     print_line(f"written: {Path(folder) / name}")
 
@@ -684,13 +686,17 @@ def segment_photos(folder, photos, given, scales):
     NAME.png holds palette indices; areas.csv a row for each photo and class. Photos that cannot be
     read are passed over and named at the end. Raises InputError.
     """
+    if rank_and_world_size()[1] > 1:
+        raise InputError("--segment", "runs in one process", "Leave torchrun out", "processes")
     net = SGSeg.load(folder, check(Config(**given)).device)
     net.object_bias = given.get("object_bias", net.object_bias)
     net.scales = scales
     out = Path(folder) / "segmented"
-    paths = sum(map(data.photos_of, photos), [])
-    for photo in filter(lambda photo: Path(photo).is_dir(), photos):
-        data.warn_of_unused(Path(photo), set(data.photos_of(photo)))
+    paths = []
+    for photo in photos:
+        paths += data.photos_of(photo)
+        if Path(photo).is_dir():
+            data.warn_of_unused(Path(photo), set(paths))
     if not paths:
         raise InputError(photos[0], "holds no photo", "Name the folder of the photos", "empty")
     problems = []
@@ -1148,8 +1154,7 @@ def run_job(argv):
     if job.segment:
         return segment_photos(find_run(given.pop("out", "")), job.segment, given, scales)
     if job.eval and "voc" in given:
-        device = check(Config(**TOY | {"device": given.get("device", "auto")})).device
-        return evaluate_split(job.eval, given["voc"], job.split, device, given.get("size"), scales)
+        return evaluate_split(job.eval, given, job.split, scales)
     if job.eval:
         run = load_run(job.eval, {k: v for k, v in given.items() if k in FREE})
         run.net.scales = scales

@@ -1,17 +1,21 @@
-"""Other methods' labels in our network: python docs/comparison.py METHOD VOC OUT
+"""Train our network on other methods' labels: python docs/comparison.py METHOD VOC OUT
 
-The same network, weights, photos, steps and scoring as `python train.py --voc VOC`; only what
-makes the labels differs. METHOD is a name of METHODS below. All start from the CAM head in round 1
-and from the segmentation head afterwards, as ours. Each cuts at a threshold of its own, chosen
-anew at every refine by the same procedure, ours included: the t of GRID where the mIoU of its
-labels is highest on 60 training photos whose masks are opened for that; pixels within half of
-hi - lo of t are undecided, but in the last refine, as in ours. With --from RUN the warm-up is
-RUN's; a stopped run goes on with --resume. Dense CRF: pip install pydensecrf2.
+The network, weights, photos, steps and scores are those of `python train.py --voc VOC`; only what
+makes the labels differs. All methods read the CAM head in round 1 and the segmentation head
+afterwards, as ours does.
 
-Every method is written anew from its paper: one that refines maps, or one that cuts them.
+Every method, ours included, cuts its maps at a threshold t of its own, chosen anew in each refine:
+the t of GRID at which its labels have the highest mIoU on 60 training photos. The masks of these
+photos are opened for that. Pixels within (hi - lo) / 2 of t are undecided; the last refine decides
+all pixels, as in ours.
+
+--from RUN starts from the warm-up of another run. --resume continues a run that was stopped. Dense
+CRF: pip install pydensecrf2. Every method is written here from its paper.
 """
 
 import argparse
+import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,51 +30,57 @@ import data
 import refine
 import refinement
 import train
-from data import InputError, need, say
+from data import InputError, as_input_error, print_line
+from sgseg import SGSeg
 
-GRID = [t / 100 for t in range(15, 75, 5)]  # of t, from half the band on; EM reads it its own way
-TUNING = 60  # photos that choose t
+GRID = [t / 100 for t in range(15, 75, 5)]  # of t; its least is half of hi - lo
+TUNING = 60  # photos on which t is chosen
 
 
 # ---- the methods ---------------------------------------------------------------------------------
 
 
 def with_pamr(maps, image):
-    """Stage 3 of the one-stage recipe (Araslanov & Roth 2020): PAMR at half the photo's
-    resolution, a quarter of the time."""
+    """Stage 3 of the one-stage method (Araslanov & Roth 2020): PAMR at half the image's resolution,
+    which takes a quarter of the time."""
     half = F.interpolate(image, scale_factor=0.5, mode="area")
-    return refine.up(refinement.pamr(refine.up(maps, half.shape[-2:]), half), image.shape[-2:])
+    maps = refinement.pamr(refine.upsample(maps, half.shape[-2:]), half)
+    return refine.upsample(maps, image.shape[-2:])
 
 
-def cut(maps, classes, image, lo, hi):
-    """Our stage 4."""
-    return refine.pseudo_labels(maps, classes, lo, hi)[0].numpy()
+def cut(maps, tagged, image, lo, hi):
+    """Stage 4, as in ours."""
+    return refine.pseudo_labels(maps, tagged, lo, hi)[0].numpy()
 
 
-def cut_by_crf(maps, classes, image, lo, hi):
-    """Labels of the two-stage recipe (IRN, Ahn et al. 2019): dense CRF of the maps cut at hi says
-    which pixels are objects, of those cut at lo which are background; the rest is undecided."""
-    sure = refinement.dense_crf(image, cut(maps, classes, image, hi, hi))
+def cut_by_crf(maps, tagged, image, lo, hi):
+    """Stage 4 of the two-stage method (IRN, Ahn et al. 2019): dense CRF runs twice. On the maps cut
+    at hi it finds the objects, on the maps cut at lo the background; the rest is undecided."""
+    objects = refinement.dense_crf(image, cut(maps, tagged, image, hi, hi))
     if lo == hi:
-        return sure
-    maybe = refinement.dense_crf(image, cut(maps, classes, image, lo, lo))
-    return np.where(sure > 0, sure, np.where(maybe > 0, data.IGNORE, 0)).astype(np.uint8)
+        return objects
+    not_background = refinement.dense_crf(image, cut(maps, tagged, image, lo, lo))
+    rest = np.where(not_background > 0, data.IGNORE, 0)
+    return np.where(objects > 0, objects, rest).astype(np.uint8)
 
 
-def em(scores, classes, image, lo, hi):
-    """EM-Adapt (Papandreou et al. 2015): the E-step labels every pixel argmax_k (f_k + b_k) among
-    background and tags, b raised until each tag leads on a share of at least t / 2 of the image,
-    and the background on t; theirs is 0.2 and 0.4. scores (1,P+1,H,W), background first."""
+def em(scores, tagged, image, lo, hi):
+    """The E-step of EM-Adapt (Papandreou et al. 2015): every pixel is argmax_k (f_k + b_k) among
+    background and tags. The biases b are raised until each tag leads on a share of at least t / 2
+    of the image, and background on t. (Theirs is 0.2 and 0.4.)
+
+    scores f (1,P+1,H,W), background first.
+    """
     t = (lo + hi) / 2
     f = scores[0].flatten(1).clone()  # (P+1,HW)
     for k, share in [*((k, t / 2) for k in range(1, len(f))), (0, t)]:
         others = torch.cat([f[:k], f[k + 1 :]]).amax(0) if len(f) > 1 else f[0]
         f[k] += (others - f[k]).quantile(share).clamp_min(0)
-    index = torch.tensor([0, *(k + 1 for k in classes)])
+    index = torch.tensor([0, *(k + 1 for k in tagged)])
     return index[f.argmax(0)].view(scores.shape[-2:]).to(torch.uint8).numpy()
 
 
-METHODS = {  # is there stage 2; stage 3; the cut
+METHODS = {  # whether there is a stage 2, stage 3, stage 4
     "raw": (False, None, cut),
     "crf": (False, None, cut_by_crf),
     "pamr": (False, with_pamr, cut),
@@ -81,90 +91,142 @@ METHODS = {  # is there stage 2; stage 3; the cut
 }
 
 
-# ---- the same procedure for all ------------------------------------------------------------------
+# ---- the same procedure for all methods ----------------------------------------------------------
 
 
-def prepared(method, net, image, tags, cfg, r):
-    """What the method cuts, (1,P,H,W), or (1,P+1,H,W) scores for EM, and the classes (P,)."""
-    guide, transfer, how = METHODS[method]
-    classes = tags.nonzero()[:, 0].tolist()
+def prepare(method, net, image, tags, cfg, r):
+    """Return what stage 4 of the method cuts, and the tagged classes (P,).
+
+    That is maps (1,P,H,W), or scores (1,P+1,H,W) for EM.
+    """
+    guide, transfer, label_of = METHODS[method]
+    tagged = tags.nonzero()[:, 0].tolist()
     I = data.to_tensor(image)[None].to(net.mean.device)  # (1,3,H,W)
-    if how is em:
+    if label_of is em:
         S, _, Z, _ = net.outputs(image)
         scores = Z if r > 1 else torch.cat([torch.zeros_like(S[:, :1]), S], 1)
-        return refine.up(scores[:, [0, *(k + 1 for k in classes)]], I.shape[-2:]).cpu(), classes
-    ours = transfer is refine.self_guided
-    _, guided, maps, _ = train.label_image(
-        net, image, tags, replace(cfg, affinity=guide, self_guided=ours), r
-    )
-    return (with_pamr(guided, I) if transfer is with_pamr else maps).cpu(), classes
+        scores = scores[:, [0, *(k + 1 for k in tagged)]]
+        return refine.upsample(scores, I.shape[-2:]).cpu(), tagged
+    own = replace(cfg, affinity=guide, self_guided=transfer is refine.self_guided)
+    _, guided, maps, _ = train.label_image(net, image, tags, own, r)
+    return (with_pamr(guided, I) if transfer is with_pamr else maps).cpu(), tagged
 
 
-def choose(method, run, r):
-    """t of GRID with the highest mIoU of the labels cut at t, without undecided pixels, on TUNING
-    training photos."""
-    how = METHODS[method][2]
-    picked = np.random.default_rng(7).permutation(len(run.voc.ids))[:TUNING]
+def choose_threshold(method, run, r):
+    """Return the t of GRID at which the labels without undecided pixels have the highest mIoU."""
+    photos = run.train_set
+    picked = np.random.default_rng(7).permutation(len(photos.ids))[:TUNING]
+    label_of = METHODS[method][2]
     C = dict.fromkeys(GRID, 0)
-    for i in data.track(f"{method} t", picked):
-        image = data.read_image(run.voc.image_paths[i])
-        maps, classes = prepared(method, run.net, image, run.voc.tags[i], run.cfg, r)
-        truth = run.voc.mask(i, image.size)
+    for i in data.progress(f"{method}: threshold", picked):
+        image = data.read_image(photos.image_paths[i])
+        maps, tagged = prepare(method, run.net, image, photos.tags[i], run.cfg, r)
+        truth = photos.mask(i, image.size)
         for t in GRID:
-            label = how(maps, classes, image, t, t)
-            C[t] += data.confusion(truth, label, len(run.voc.classes))
-    scores = {t: data.summary(matrix, run.voc.classes)["miou"] for t, matrix in C.items()}
-    print(f"{method} refine {r}: {', '.join(f'{t}: {100 * s:.1f}' for t, s in scores.items())}")
-    return max(scores, key=scores.get)
+            label = label_of(maps, tagged, image, t, t)
+            C[t] += data.confusion(truth, label, len(photos.class_names))
+    miou = {t: data.summary(matrix, photos.class_names)["miou"] for t, matrix in C.items()}
+    texts = ", ".join(f"{t}: {100 * score:.1f}" for t, score in miou.items())
+    print_line(f"{method}, refine {r}, mIoU by threshold: {texts}")
+    return max(miou, key=miou.get)
 
 
 def annotator(method, run):
-    """What `train.train` asks for the labels of this method."""
-    chosen = {}  # refine -> t
+    """Return the method as a function with the arguments of `train.label_image`."""
+    chosen = {}  # refine -> threshold
 
     def annotate(net, image, tags, cfg, r):
         if r not in chosen:
-            chosen[r] = choose(method, run, r)
-        maps, classes = prepared(method, net, image, tags, cfg, r)
-        half = (cfg.hi - cfg.lo) / 2 * (r <= cfg.rounds)  # of the band; none in the last refine
+            chosen[r] = choose_threshold(method, run, r)
+        maps, tagged = prepare(method, net, image, tags, cfg, r)
+        half = (cfg.hi - cfg.lo) / 2 if r <= cfg.rounds else 0
         lo = max(0.0, chosen[r] - half)
-        label = METHODS[method][2](maps, classes, image, lo, chosen[r] + half)
+        label = METHODS[method][2](maps, tagged, image, lo, chosen[r] + half)
         return (torch.from_numpy(label)[None],)
 
     return annotate
 
 
-def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("method", metavar="METHOD", choices=METHODS, help=", ".join(METHODS))
-    parser.add_argument("voc", metavar="VOC", help="a devkit with masks of training photos")
-    parser.add_argument("out", metavar="OUT", help="a new folder for the run")
-    parser.add_argument("--from", metavar="RUN", dest="other", help="a run, for its warm-up")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
-    parser.add_argument("--seed", type=int, default=0, help="[0]")
-    given = parser.parse_args()
-    crf = METHODS[given.method][2] is cut_by_crf
-    need(refinement.dcrf or not crf, "pydensecrf2: not installed; expected it; pip install it")
-    held = train.lock(Path(given.out))  # as long as it lives
-    own = {"voc": str(Path(given.voc).resolve()), "seed": given.seed}
+def no_maps(net, image, tags, cfg, r):
+    """Return no maps and no label: `train.evaluate` then scores the label files and val only."""
+    return (None,)
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def take_warmup(run, other):
+    """Give a new run the network of another run after its warm-up (not the optimizer's momentum).
+
+    Raises InputError if the runs differ in classes, backbone, --warmup or --weights.
+    """
+    other = Path(other)
+    net = SGSeg.load(other / "warmup.pt", run.cfg.device)
+    path = other / "config.json"
+    text = data.read_text(path)
+    with as_input_error(path, "is not of this version", "Give another run", "model"):
+        config = json.loads(text)["config"]
+        theirs = [config[name] for name in ("backbone", "warmup", "weights")]
+    ours = [run.cfg.backbone, run.cfg.warmup, run.cfg.weights]
+    if net.label_names != run.net.label_names or theirs != ours:
+        problem = "has other classes, or another backbone, --warmup or --weights, than this run"
+        raise InputError(other, problem, "Leave --from out", "option")
+    run.net.load_state_dict(net.state_dict())
+    run.epoch = run.cfg.warmup
+    run.log("from", run=str(other))
+    run.save()
+
+
+def start(given):
+    """Return the new or resumed run of the command line. Raises InputError."""
+    options = {"voc": os.path.abspath(given.voc), "seed": given.seed}
     if given.resume:
-        run = train.reopen(given.out, own, ())
-        fine = given.method in run.about["command"] and not given.other
-        fault = f"{given.out}: begun with another METHOD or --from; expected its own; correct it"
-        need(fine, fault)
-    else:
-        cfg = train.check(train.Config(**own, out=given.out))
-        run = train.begin(cfg, sys.argv, given.other)
-    need(all(run.voc.mask_paths), f"{given.voc}: masks are missing; expected all; add them")
-    train.train(run, annotator(given.method, run))
+        run = train.load_run(given.out, options)
+        if run.about.get("method") != given.method:
+            problem = f"was started with METHOD {run.about.get('method')}"
+            raise InputError(given.out, problem, "Give that METHOD, or start a new OUT", "option")
+        return run
+    run = train.new_run(train.check(train.Config(**options, out=given.out)), sys.argv[1:])
+    run.about["method"] = given.method
+    run.save()
+    if given.other:
+        take_warmup(run, given.other)
+    return run
+
+
+def run_job(argv):
+    """Train and score one method. Raises InputError."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("comparison.py", None, __doc__, formatter_class=layout)
+    parser.add_argument("method", metavar="METHOD", choices=METHODS, help=", ".join(METHODS))
+    parser.add_argument("voc", metavar="VOC", help="a devkit with masks of its training photos")
+    parser.add_argument("out", metavar="OUT", help="a new folder for the run")
+    parser.add_argument("--from", metavar="RUN", dest="other", help="the run whose warm-up to take")
+    parser.add_argument("--resume", action="store_true", help="continue the run in OUT")
+    parser.add_argument("--seed", type=int, default=0, help="[0]")
+    given = parser.parse_args(argv)
+    if given.resume and given.other:
+        parser.error("--from belongs to a new run: leave it out with --resume")
+    if METHODS[given.method][2] is cut_by_crf and refinement.dcrf is None:
+        remedy = "Run pip install pydensecrf2"
+        raise InputError("pydensecrf2", "is not installed", remedy, "missing")
+    photos = data.VOC(given.voc, "train")
+    if not all(photos.mask_paths):
+        problem = "lacks masks of training photos, on which the thresholds are chosen"
+        raise InputError(photos.root, problem, "Add them", "masks")
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as in train.main
+    run = start(given)
+    run.annotate = annotator(given.method, run)
+    train.train(run)
+    run.annotate = no_maps
     train.evaluate(run)
-    held.close()
+
+
+def main(argv=None):
+    """Run the command line; return the exit status."""
+    return data.run_command("comparison.py", run_job, argv)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as fault:
-        say(f"comparison.py: {fault}", stream=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

@@ -44,20 +44,20 @@ svg text { font: 12px system-ui, sans-serif; fill: #333 }
 """
 # the palette of Okabe and Ito, which the colour-blind can tell apart
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-LOGGED = {  # the numbers that are read from each kind of row in metrics.jsonl
-    "update": ("epoch", "L_cls", "L_seg"),
-    "labels": ("round", "undecided"),
-    "val": ("round", "val_miou"),
+LOGGED = {  # what is read from each kind of row in metrics.jsonl: name -> highest value
+    "update": {"epoch": 1e7, "L_cls": 1e30, "L_seg": 1e30},
+    "labels": {"round": 1001, "undecided": 1},
+    "val": {"round": 1000, "val_miou": 1},
 }
 
 
 # ---- reading a run -------------------------------------------------------------------------------
 
 
-def number(x):
-    """Return x if it is a finite number. Raises ValueError."""
-    if type(x) not in (int, float) or not math.isfinite(x):
-        raise ValueError(f"{str(x)[:40]!r} is not a number")
+def number(x, highest=1):
+    """Return x if it is a number from 0 to `highest`. Raises ValueError."""
+    if type(x) not in (int, float) or not 0 <= x <= highest:
+        raise ValueError(f"{str(x)[:40]!r} is not a number from 0 to {highest:g}")
     return x
 
 
@@ -89,7 +89,7 @@ def read_metrics(path):
         for line in text.splitlines():
             row = json.loads(line)
             if row["what"] in LOGGED:
-                kept = {k: number(row[k]) for k in LOGGED[row["what"]]}
+                kept = {k: number(row[k], top) for k, top in LOGGED[row["what"]].items()}
                 shares = {k: number(x) for k, x in row.get("shares", {}).items()}
                 rows.append({"what": row["what"], "shares": shares} | kept)
     return rows
@@ -229,7 +229,8 @@ def worst_photos(folder, config, class_names, most=10):
         caption = f"<figcaption>{escape(photos.ids[i])}: {score:.1%}</figcaption>"
         parts.append(f"<figure>{pictures}{caption}</figure>")
     if problems:
-        parts.append(f"<p>{len(problems)} masks were left out. The first: {escape(problems[0])}</p>")
+        first = escape(problems[0])
+        parts.append(f"<p>{len(problems)} masks cannot be compared. The first: {first}</p>")
     return "".join(parts) if scored or problems else "<p>No masks to compare with.</p>"
 
 
@@ -284,8 +285,8 @@ def val_by_round(folders):
     """Return {round: [val mIoU in % of every run]} for the rounds that all runs have."""
     runs = []
     for folder in folders:
-        rows = read_metrics(Path(folder))
-        runs.append({row["round"]: 100 * row["val_miou"] for row in rows if row["what"] == "val"})
+        rows = [row for row in read_metrics(Path(folder)) if row["what"] == "val"]
+        runs.append({int(row["round"]): 100 * row["val_miou"] for row in rows})
     common = sorted(set.intersection(*map(set, runs)))
     if not common:
         problem = "has no score on val" if len(folders) == 1 else "have no round in common"
@@ -399,6 +400,8 @@ def run_job(argv):
         pairs = [text.partition("=") for text in given.runs]
         if not all(name and folders for name, _, folders in pairs):
             parser.error("--chart takes NAME=RUN or NAME=RUN,RUN")
+        if len({name for name, _, _ in pairs}) < len(pairs):
+            parser.error("--chart needs a different NAME for every line")
         target = given.chart
         content = chart({name: val_by_round(folders.split(",")) for name, _, folders in pairs})
     else:
