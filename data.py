@@ -770,7 +770,7 @@ def sheet(rows, width=160):
     for row, height in zip(rows, heights):
         for column, (caption, picture) in enumerate(row.items()):
             x = column * (width + 4)
-            ImageDraw.Draw(page).text((x + 2, y + 2), caption[:26], fill="black")
+            ImageDraw.Draw(page).text((x + 2, y + 2), caption[: width // 6], fill="black")
             narrow = max(1, min(width, round(height * picture.width / picture.height)))
             page.paste(picture.resize((narrow, height)), (x, y + 15))
         y += height + 18

@@ -471,7 +471,7 @@ def imagenet_network():
     Its CAM head is ImageNet's own classifier, w_k minus the mean of all w, so that the scores of a
     place compare classes. Raises InputError.
     """
-    net = SGSeg([str(k) for k in range(1000)]).eval()
+    net = SGSeg([str(k) for k in range(1000)]).eval().requires_grad_(False)
     load_imagenet(net.backbone)
     state = imagenet_state(Lite0.imagenet)
     W = state["_fc.weight"]  # (1000,1280)
