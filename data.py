@@ -875,8 +875,8 @@ def as_input_error(path, problem, remedy, kind):
     except (InputError, MemoryError):
         raise
     except Exception as e:
-        why = re.sub(" <[^>]*>", "", str(e)).splitlines() or [""]
-        problem = f"{problem} ({type(e).__name__}: {why[0][:120]})"
+        why = " ".join(re.sub(" <[^>]*>", "", str(e)).split())[:120]
+        problem = f"{problem} ({type(e).__name__}: {why})"
         raise InputError(path, problem, remedy, kind) from None
 
 

@@ -63,10 +63,16 @@ class SGSeg(nn.Module):
         self_guided=True,
     ):
         super().__init__()
-        if not 17 <= size <= 8192 or not abs(object_bias) < 1e6 or not 0 <= radius < 1e6:
-            raise ValueError(f"size {size}, object_bias {object_bias} or radius {radius}: too far")
-        if not 1e-9 <= eps < 1e6:
-            raise ValueError(f"eps must be from 1e-9 to 1e6, got {eps}")
+        if not class_names or type(radius) is not int or not isinstance(self_guided, bool):
+            raise ValueError("want at least one class, a whole radius, self_guided True or False")
+        for name, value, low, high in (
+            ("size", size, 17, 8192),
+            ("object_bias", object_bias, -100, 100),
+            ("radius", radius, 0, 10_000),
+            ("eps", eps, 1e-9, 1e6),
+        ):
+            if not low <= value <= high:
+                raise ValueError(f"{name} must lie between {low} and {high}, got {value}")
         self.config = {"class_names": list(class_names), "backbone": backbone, "size": size}
         self.config |= {"object_bias": object_bias, "radius": radius, "eps": eps}
         self.config |= {"self_guided": self_guided}
@@ -213,8 +219,8 @@ class SegHead(nn.Module):
 
 
 def check_input(x):
-    """Raise ValueError unless x is (B,3,H,W) floats in [0,1]; others would give wrong results."""
-    valid = x.ndim == 4 and x.shape[1] == 3 and x.is_floating_point()
+    """Raise ValueError unless x is (B,3,H,W) floats in [0,1]: others would give wrong results."""
+    valid = x.ndim == 4 and x.shape[1] == 3 and x.is_floating_point() and x.numel() > 0
     if valid and not torch.compiler.is_compiling():  # an exported network checks shapes only
         valid = bool((x.min() > -0.01) & (x.max() < 1.01))
     if not valid:
@@ -337,8 +343,9 @@ class Lite0(Backbone):
 
     The layers are those of the ImageNet classifier, except that the sixth stage keeps stride 16
     and is dilated by 2 from its second depthwise convolution on. With sides of 16n+1, symmetric
-    padding equals TensorFlow's SAME. F_mid is the last stride-4 feature map, average-pooled to
-    stride 8: it gave a better affinity graph than the stride-8 features (docs/CHOICES.md).
+    padding equals TensorFlow's SAME; sides must be at least 17. F_mid is the last stride-4 feature
+    map, average-pooled to stride 8: it gave a better affinity graph than the stride-8 features
+    (docs/CHOICES.md).
     """
 
     channels = (24, 1280)

@@ -806,7 +806,7 @@ class Run:
     """A run: its data and network, and how far it has got (`epoch`: finished epochs in all).
 
     annotate: the function from a network to labels. Your own takes the arguments of `label_image`
-    and returns a tuple that ends with the label (1,H,W) uint8; maps before it appear in panels.
+    and returns a tuple: three maps, or none, and the label (1,H,W) uint8. Maps appear in panels.
     """
 
     cfg: Config
