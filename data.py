@@ -73,6 +73,7 @@ class VOC:
         photos = pictures_in(self.root / "JPEGImages")
         missing = self.root / "JPEGImages"
         self.image_paths = [photos.get(nfc(name), missing / f"{name}.jpg") for name in self.ids]
+        self.xml_paths = {nfc(p.stem): p for p in (self.root / "Annotations").glob("*.xml")}
         masks = pictures_in(self.root / "SegmentationClass", (".png",))
         masks |= pictures_in(self.root / "SegmentationClassAug", (".png",))
         self.mask_paths = [masks.get(nfc(name)) for name in self.ids]
@@ -91,6 +92,7 @@ class VOC:
     def read_tags(self, i):
         """Return the set of class names of photo i. Outside training the XML may be missing."""
         path = self.root / "Annotations" / f"{self.ids[i]}.xml"
+        path = self.xml_paths.get(nfc(self.ids[i]), path)
         if self.split != "train" and not path.exists():
             return set()
         return read_tags(path, self.class_names)
@@ -269,11 +271,12 @@ def refuse_masks_beside_photos(photos):
     has the name of a photo in another folder.
     """
     stems = Counter(path.stem for path in photos)
+    names = {path.with_suffix("") for path in photos}
     by_folder = {}
     for path in photos:
         by_folder.setdefault(path.parent, []).append(path)
         base = re.sub(r"_(mask|masks|label|labels|gt|seg|segmentation|overlay)$", "", path.stem)
-        if base != path.stem and any((path.with_name(base + e)) in photos for e in ENDINGS):
+        if base != path.stem and path.parent / base in names:
             problem = "looks like a mask of the photo beside it"
             raise InputError(path, problem, "Move masks to DIR/masks, or elsewhere", "mask")
     for folder, paths in by_folder.items():
@@ -298,7 +301,7 @@ def tags_of_table(path):
     named = [nfc(os.path.normpath(name).replace("\\", "/")) for name in named]
     photos = [files.get(name) or stems.get(name) for name in named]
     # without a match and without an ending the first row is a header
-    if rows and not header and not photos[0] and Path(named[0]).suffix.lower() not in ENDINGS:
+    if rows and not header and not photos[0] and not Path(named[0]).suffix:
         header = rows.pop(0)[1]
         photos.pop(0)
     cells = [cell.strip().lower() for _, row in rows for cell in row[1:]]
@@ -501,6 +504,8 @@ def decode(source, convert):
 
 def to_rgb(image, name):
     """Return a PIL image upright and in RGB. Raises InputError for floats and 32-bit integers."""
+    is_tiff = image.format == "TIFF"
+    image.load()  # Pillow turns TIFF files while it loads them
     try:
         turn = TURNS.get(image.getexif().get(0x0112))  # all other EXIF values are ignored
     except Exception:  # damaged EXIF data does not make the picture unreadable
@@ -508,7 +513,7 @@ def to_rgb(image, name):
     image = image.transpose(turn) if turn is not None else image
     if image.mode.startswith("I"):  # 16-bit grey: keep the upper byte
         values = np.asarray(image).astype(np.int64)
-        if values.max() > 65535 or values.min() < 0 or image.mode == "I" and image.format == "TIFF":
+        if values.max() > 65535 or values.min() < 0 or image.mode == "I" and is_tiff:
             raise InputError(name, "has 32 bits a pixel", "Save it with 8 or 16 bits", "image")
         image = Image.fromarray((values >> 8).astype(np.uint8))
     if image.mode == "F":
@@ -885,8 +890,8 @@ def raise_all(problems, most):
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        error = InputError(f"{len(problems)} files", "have problems", "python data.py PATH lists "
-                           "all of them", "several")  # fmt: skip
+        error = InputError(f"{len(problems)} files", "have problems", "Run python data.py PATH to "
+                           "list them all", "several")  # fmt: skip
         error.args = ("\n".join([error.args[0], *(str(p) for p in problems[:most])]),)
         raise error
 
@@ -974,7 +979,7 @@ def write(path, content, source=None):
 def source_of(path):
     """Return the source that `write` noted in a PNG, or None."""
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read(path))) as image:
             return image.info.get("sgseg source")
     except Exception:  # not a picture: not ours
         return None
@@ -989,16 +994,16 @@ def sync(file):
             raise
 
 
-def printable(text):
-    """Return the text with ? in place of control characters, apart from line ends and tabs."""
-    return "".join(c if c.isprintable() or c in "\n\r\t" else "?" for c in text)
+def printable(text, keep=""):
+    """Return the text with ? in place of control characters, apart from those in `keep`."""
+    return "".join(c if c.isprintable() or c in keep else "?" for c in text)
 
 
 def print_line(text, end="\n", stream=None):
     """Print, ignoring output errors (closed pipe, full disk, characters that cannot be shown)."""
     stream = stream or sys.stdout
     encoding = getattr(stream, "encoding", None) or "ascii"
-    text = printable(text).encode(encoding, "replace").decode(encoding)
+    text = printable(text, "\n\r").encode(encoding, "replace").decode(encoding)
     try:
         print(text, end=end, file=stream, flush=True)
     except OSError:  # nobody reads it, or the disk is full: discard what follows
@@ -1009,7 +1014,7 @@ def print_line(text, end="\n", stream=None):
 
 def warn(text):
     """Print a warning on standard error."""
-    print_line(f"warning: {text}", stream=sys.stderr)
+    print_line(printable(f"warning: {text}"), stream=sys.stderr)
 
 
 def progress(name, items, note=None, total=None):

@@ -585,7 +585,7 @@ def main(argv=None):
         path = photo.with_name(f"{photo.stem}_stages.png")
         rows, what = stage_rows(read_image(photo), given.tag, settings)
         data.write(path, data.sheet(rows, 240), source=photo.name)
-        data.print_line(f"{photo} -> {path}: {what}")
+        data.print_line(data.printable(f"{photo} -> {path}: {what}"))
 
     def show_all(path):
         photos = data.photos_of(path)

@@ -715,7 +715,8 @@ def segment_photos(folder, photos, given, scales):
             continue
         rows[path.name] = data.areas(label, net.label_names)
         texts = [f"{k} {share:.0%}" for k, share in rows[path.name].items() if k != "background"]
-        print_line(f"{path} -> {target}: {', '.join(texts) or 'background only'}")
+        line = f"{path} -> {target}: {', '.join(texts) or 'background only'}"
+        print_line(data.printable(line))
     write(out / "areas.csv", data.csv_bytes(merge_areas(out / "areas.csv", rows)))
     data.raise_all(problems, len(problems))
 
@@ -989,6 +990,7 @@ def load_run(folder, given=None, lock=True):
         # the same kind of device computes the same bits
         device = {"device": "cpu" if own["device"] == "cpu" else "auto"}
         cfg = check(Config(**own | device | given | {"out": str(folder)}))
+        saved = {what: state["data"][what] for what in ("classes", "ids", "tags", "corrected")}
         differing = [name for name in set(given) - set(FREE) if getattr(cfg, name) != own[name]]
         if differing:
             name = differing[0]
@@ -999,7 +1001,7 @@ def load_run(folder, given=None, lock=True):
     run = build(cfg, initialize=False)
     run.lock = held
     for what, value in identity(run).items():
-        if value != state["data"][what]:
+        if value != saved[what]:
             problem = f"has other {what} than when {folder} was started"
             remedy = "Restore them, or start a new --out"
             raise InputError(run.train_set.root, problem, remedy, what)
@@ -1057,6 +1059,8 @@ def check(cfg):
     """Return cfg with weights and device resolved. Raises InputError for unusable values."""
     for f in fields(Config):
         value = getattr(cfg, f.name)
+        if not isinstance(value, (int, float) if f.type is float else f.type):  # in a checkpoint
+            fail(f.name, value, f"Give a value of type {f.type.__name__}")
         low, high = f.metadata["low"], f.metadata["high"]
         numbers = value if isinstance(value, tuple) else (value,)
         if not isinstance(value, str) and not all(low <= x <= high for x in numbers):
