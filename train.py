@@ -1033,7 +1033,7 @@ def lock_folder(folder):
             raise InputError(folder, "is in use by another run", "Wait for it", "lock") from None
         data.warn(f"{folder} cannot be locked ({e.strerror}): start only one run in it")
     for leftover in folder.rglob(".sgseg-*.tmp"):  # of a run that was killed
-        if leftover.is_file():
+        if leftover.is_file() and leftover.parent.name != "segmented":  # --segment takes no lock
             leftover.unlink()
     return file
 
@@ -1057,6 +1057,9 @@ def open_run(folder, given, resume, argv):
 
 def check(cfg):
     """Return cfg with weights and device resolved. Raises InputError for unusable values."""
+    for name in ("voc", "photos", "corrected"):
+        if getattr(cfg, name):
+            setattr(cfg, name, os.path.abspath(getattr(cfg, name)))
     for f in fields(Config):
         value = getattr(cfg, f.name)
         if not isinstance(value, (int, float) if f.type is float else f.type):  # in a checkpoint
@@ -1129,9 +1132,6 @@ def parse(argv):
     job = parser.parse_args(argv)
     given = {f.name: getattr(job, f.name) for f in fields(Config) if hasattr(job, f.name)}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    for name in ("voc", "photos", "corrected"):
-        if given.get(name):
-            given[name] = os.path.abspath(given[name])
     if "" in given.values():
         parser.error("an option has an empty value")
     if "voc" in given and "photos" in given:
@@ -1160,7 +1160,7 @@ def run_job(argv):
     if job.eval and "voc" in given:
         return evaluate_split(job.eval, given, job.split, scales)
     if job.eval:
-        run = load_run(job.eval, {k: v for k, v in given.items() if k in FREE})
+        run = load_run(job.eval, {k: v for k, v in given.items() if k in FREE}, lock=False)
         run.net.scales = scales
         run.net.size = given.get("size", run.net.size)
         run.net.object_bias = given.get("object_bias", run.net.object_bias)
