@@ -97,6 +97,10 @@ class VOC:
             return set()
         return read_tags(path, self.class_names)
 
+    def is_annotated(self, i):
+        """Return whether the tags of image i are known."""
+        return nfc(self.ids[i]) in self.xml_paths
+
     def mask(self, i, size):
         """Return the ground truth of image i of size (width, height): (H,W) uint8, to measure.
 
@@ -108,7 +112,9 @@ class VOC:
         """Return whether a mask shows no class at all, or one that image i is not tagged with."""
         shown = {int(k) - 1 for k in np.unique(mask) if 0 < k < IGNORE}
         tagged = set(self.tags[i].nonzero()[:, 0].tolist())
-        return not shown if not tagged else not (shown and shown <= tagged)
+        if not tagged:  # an untagged example shows nothing; without an annotation all is unknown
+            return bool(shown) if self.is_annotated(i) else not shown
+        return not (shown and shown <= tagged)
 
     def scan(self, masks=False, most=10):
         """Read every photo, its tags and, with `masks`, its mask, before training begins.
@@ -236,6 +242,10 @@ class Photos(VOC):
     def read_tags(self, i):
         """Return the set of class names of photo i."""
         return self.found_tags[i]
+
+    def is_annotated(self, i):
+        """All photos of a folder count: those without a tag are untagged examples."""
+        return True
 
 
 def tags_of_folders(root):
@@ -519,7 +529,9 @@ def to_rgb(image, name):
         image = Image.fromarray((values >> 8).astype(np.uint8))
     if image.mode == "F":
         raise InputError(name, "holds floating-point values", "Save it with 8 or 16 bits", "image")
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image.info = {}  # the orientation must not be applied again
+    return image
 
 
 def mode_of(path):
@@ -1059,8 +1071,8 @@ def run_command(name, command, argv):
     except InputError as e:
         print_line(f"{name}: {e}", stream=sys.stderr)
     except OSError as e:
-        print_line(f"{name}: {e.filename} cannot be used ({e.strerror}). Check the path and its "
-                   "permissions.", stream=sys.stderr)  # fmt: skip
+        print_line(printable(f"{name}: {e.filename or 'a file'} cannot be used ({e.strerror}). "
+                             "Check the path and its permissions."), stream=sys.stderr)  # fmt: skip
     except KeyboardInterrupt:
         print_line(f"{name}: stopped.", stream=sys.stderr)
         return 130

@@ -21,6 +21,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -635,9 +636,15 @@ def evaluate(run):
     if rank_and_world_size()[0] == 0:
         print_scores(rows, run.net.label_names)
         name = "results.json"
-        if run.net.scales != SCALES[:1] or run.net.size != run.cfg.size:
-            name = f"results_size{run.net.size}_{len(run.net.scales)}scales.json"
+        changed = (run.net.size, run.net.object_bias) != (run.cfg.size, run.cfg.object_bias)
+        if changed or len(run.net.scales) > 1:
+            name = f"results_{settings_name(run.net)}.json"
         write(run.folder / name, json.dumps(rows, indent=1))
+
+
+def settings_name(net):
+    """Return the settings that a score depends on, as part of a file name."""
+    return f"size{net.size}_bias{net.object_bias:g}_{len(net.scales)}scales"
 
 
 def print_scores(rows, label_names):
@@ -657,7 +664,7 @@ def print_scores(rows, label_names):
 def evaluate_split(folder, given, split, scales):
     """Score a trained network on a split of any devkit with its classes; print, write the scores.
 
-    The file is RUN/results_DEVKIT_SPLIT_sizeN_Mscales.json. Raises InputError.
+    The file is RUN/results_DEVKIT_SPLIT_SETTINGS.json. Raises InputError.
     """
     net = SGSeg.load(folder, check(Config(**given)).device)
     net.scales = scales
@@ -674,8 +681,7 @@ def evaluate_split(folder, given, split, scales):
     if score is None:
         raise InputError(photos.root, f"lacks masks for {split}", "Add them all", "masks")
     print_scores({split: score}, net.label_names)
-    devkit = Path(given["voc"]).name
-    name = f"results_{devkit}_{split}_size{net.size}_{len(scales)}scales.json"
+    name = f"results_{Path(given['voc']).name}_{split}_{settings_name(net)}.json"
     write(Path(folder) / name, json.dumps({split: score}, indent=1))
     print_line(f"written: {Path(folder) / name}")
 
@@ -1032,8 +1038,10 @@ def lock_folder(folder):
         if e.errno in (errno.EACCES, errno.EAGAIN):
             raise InputError(folder, "is in use by another run", "Wait for it", "lock") from None
         data.warn(f"{folder} cannot be locked ({e.strerror}): start only one run in it")
-    for leftover in folder.rglob(".sgseg-*.tmp"):  # of a run that was killed
-        if leftover.is_file() and leftover.parent.name != "segmented":  # --segment takes no lock
+    for leftover in list(folder.rglob(".sgseg-*.tmp")):  # of a run that was killed
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        elif leftover.parent.name != "segmented":  # --segment takes no lock
             leftover.unlink()
     return file
 
