@@ -1643,7 +1643,7 @@ def test_scores_elsewhere_and_at_other_scales_have_their_own_files(copied, kit):
     argv = ["--eval", str(copied), *CPU]
     elsewhere = [*argv, "--voc", str(kit), "--split", "some"]
     assert train.main(elsewhere) == 0
-    name = "results_kit_some_size65_1scales.json"
+    name = "results_kit_some_size65_bias0.75_1scales.json"
     score = json.loads((copied / name).read_text())["some"]
     net = SGSeg.load(copied)
     photos = VOC(kit, "some")
@@ -1652,12 +1652,13 @@ def test_scores_elsewhere_and_at_other_scales_have_their_own_files(copied, kit):
     assert score["miou"] == pytest.approx(np.mean(iou))
     assert (score["size"], score["scales"]) == (65, [1.0])
     assert train.main([*elsewhere, "--object-bias", "9"]) == 0
+    name = name.replace("0.75", "9")
     biased = json.loads((copied / name).read_text())["some"]
     assert biased["object_bias"] == 9 and biased["iou"] != score["iou"]
     assert train.main([*argv, "--voc", str(kit), "--size", "97"]) == 0
-    assert (copied / "results_kit_val_size97_1scales.json").exists()
+    assert (copied / "results_kit_val_size97_bias0.75_1scales.json").exists()
     assert train.main([*argv, "--multi-scale"]) == 0
-    rows = json.loads((copied / "results_size65_5scales.json").read_text())
+    rows = json.loads((copied / "results_size65_bias0.75_5scales.json").read_text())
     assert len(rows["val seg"]["scales"]) == 5
     assert train.main([*argv, "--object-bias", "9"]) == 0
     assert (copied / "results.json").read_text() == before
