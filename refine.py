@@ -1,14 +1,14 @@
 """From features to pseudo labels: the four stages of the method, one short function each.
 
-Ke & Hsu (2018) name the stages in sentences 5 to 8 of their abstract, and say which features each
-of them reads. Only the abstract was available to us: every formula and every number below is our
-choice. Its source stands beside it; "tuned" means that it was chosen on training masks of our VOC
-subsets and then frozen (docs/CHOICES.md). `four_stages` runs all of them in a row:
+Ke & Hsu (2018) name the stages in sentences 5 to 8 of their abstract and say which features each
+of them reads. Only the abstract was available to us, so every formula and every number below is our
+choice. Its source is given beside it; "tuned" means that it was chosen with training masks of our
+VOC subsets and then fixed (docs/CHOICES.md). `four_stages` runs all of them in order:
 
     upsample            the scores S to the grid of F_mid
     1 localization_maps M_k = relu(S_k) / max relu(S_k)            where is each class, roughly?
                         (or min(1, relu(S_k)) with the CAM head that train.fit_cam solves for)
-    2 affinity_guided   M <- (M0 + lambda T M) / (1 + lambda)      agree where F_mid is alike
+    2 affinity_guided   M <- (M0 + lambda T M) / (1 + lambda)      spread where F_mid is similar
       stretch           M_k <- M_k / max(max M_k, floor)           the walk lowers the peaks
     3 self_guided       q_i = a_i . I_i + b_i                      follow the image's own edges
     4 pseudo_labels     class where M >= hi, background where M < lo, undecided (255) between
@@ -17,7 +17,7 @@ Symbols: B images; K classes, of which P are tagged (`tagged` holds their indice
 of a feature grid, (H,W) of the image; i, j pixels of one grid; k a class; S scores of the CAM head,
 Z logits of the segmentation head, M localization maps, I the image, F_mid intermediate features.
 Every function takes and returns batched tensors and knows no file, network or option. All results
-but the label are differentiable.
+except the label are differentiable.
 """
 
 import torch
@@ -61,7 +61,7 @@ def localization_maps(scores, tagged, unit=None):
 
 
 def head_maps(logits, tagged, soften=2.0):
-    """Stage 1 from round 2 on. Return M_k = softmax(Z / soften)_k over background and tags.
+    """Stage 1 from round 2 on. Return M_k = softmax(Z / soften)_k over background and tagged classes.
 
     The segmentation head was trained on the labels of all photos and has averaged over their
     errors, so its maps are better than the CAM head's. Dividing by `soften` counteracts its
@@ -82,13 +82,13 @@ def head_maps(logits, tagged, soften=2.0):
 def affinity(features, dilations=DILATIONS, temperature=TEMPERATURE):
     """Return A_ij = exp((cos(f_i, f_j) - 1) / temperature) for every pixel i and its neighbours j.
 
-    f are the features minus their mean over the image, so that "alike" is relative to this image.
-    The neighbours of i are the 8 pixels around it at every dilation, N = 8 len(dilations) of them.
+    f are the features minus their mean over the image: similar means similar for this image. The
+    neighbours of i are 8 pixels at each of the distances `dilations`, N = 8 len(dilations) in all.
     The graph is symmetric: A_ij = A_ji.
 
     features (B,C,h,w). Returns A (B,hw,N) in [0,1], 0 where j lies outside the grid, and
     index (hw,N) int64, the pixel j of every entry.
-    Raises ValueError if temperature < 0.03, where exp() leaves the range of float32.
+    Raises ValueError if temperature < 0.03, where exp() underflows in float32.
     Source: our choice; the cosine as in SEAM (Wang et al. 2020), the neighbours as in PAMR
     (Araslanov & Roth 2020).
     """
@@ -119,15 +119,15 @@ def affinity_guided(
     """Stage 2. Return the maps after `walk_steps` of M <- (M0 + lambda T M) / (1 + lambda).
 
     T = D^-1 A holds the affinities divided by their row sums d_i, and the walk starts at M0 = maps.
-    It is a random walk over alike pixels that returns to the localization map at every step.
-    Every step lowers the distance to the minimum of the energy
+    This is a random walk over similar pixels that is pulled back to the localization map at every
+    step. Every step reduces the distance to the minimiser of the energy
 
         E(M) = sum_i d_i (M_i - M0_i)^2 + lambda sum_ij A_ij (M_i - M_j)^2 / 2,     d_i = sum_j A_ij
 
     Its first term keeps the map close to where the class was localized; the second makes it equal
-    where the intermediate features are alike. The minimiser solves the linear system
-    (D + lambda (D - A)) M = D M0. Each step is a Jacobi iteration of that system and shrinks the
-    distance to its solution at least by lambda / (1 + lambda). After 40 steps at most 0.67 of the
+    where the intermediate features are similar. The minimiser solves the linear system
+    (D + lambda (D - A)) M = D M0. Each step is a Jacobi iteration of that system and multiplies the
+    distance to its solution by at most lambda / (1 + lambda). After 40 steps at most 0.67 of the
     initial distance remains for lambda = 100 (measured: about 0.2), and 0.02 for lambda = 10.
 
     maps (B,P,h,w) in [0,1]; features (B,C,h,w): F_mid; strength: lambda >= 0.
@@ -145,9 +145,10 @@ def affinity_guided(
     >>> affinity_guided(two, torch.zeros(1, 3, 1, 2), strength=1, walk_steps=2)
     tensor([[[[0.7500, 0.2500]]]])
     """
-    if len(maps) != len(features) or maps.shape[2:] != features.shape[2:] or not strength >= 0:
-        raise ValueError(f"maps {tuple(maps.shape)}, features {tuple(features.shape)}, strength "
-                         f"{strength}: want one batch and grid, strength >= 0")  # fmt: skip
+    if len(maps) != len(features) or maps.shape[2:] != features.shape[2:]:
+        raise ValueError(f"maps {tuple(maps.shape)} do not fit features {tuple(features.shape)}")
+    if not strength >= 0:
+        raise ValueError(f"strength must not be negative, got {strength}")
     h, w = maps.shape[2:]
     if h * w == 1:
         return maps  # a single pixel has no neighbour
@@ -170,8 +171,7 @@ def self_guided(maps, image, radius=RADIUS, eps=EPS):
 
     maps (B,P,h,w) in [0,1]; image (B,3,H,W) in [0,1]; radius in cells of the maps' grid.
     Returns (B,P,H,W) in [0,1]; a map of zeros stays 0. Raises ValueError as `guided_coefficients`.
-    Source: abstract, sentence 7. That the paper's refinement is this filter is our reading of that
-    sentence, not a fact.
+    Source: abstract, sentence 7. That the paper means this filter is our reading of the sentence.
 
     Worked example: a map of two cells over an image of two black and two white pixels. The result
     has its edge where the image has it.
@@ -190,10 +190,11 @@ def self_guided(maps, image, radius=RADIUS, eps=EPS):
 
 
 def pseudo_labels(maps, tagged, lo=LO, hi=HI):
-    """Stage 4. Return the label of every pixel: the tagged class with the highest map where that
-    map reaches hi, background (0) where every map is below lo, and undecided (255) between.
+    """Stage 4. Return the label of every pixel: a tagged class, background or undecided.
 
-    A class without a tag cannot appear. The loss leaves 255 out. Of equal maps the first wins.
+    A pixel takes the class of its highest map if that map reaches hi, background (0) if every map
+    is below lo, and is undecided (255) otherwise. Classes without a tag cannot appear. The loss
+    ignores 255. If maps are equal, the first wins.
 
     maps (B,P,H,W) in [0,1]; tagged (P,): the class index of each map; 0 <= lo <= hi <= 1.
     Returns (B,H,W) uint8: class index + 1, 0 or 255. Without a tag all pixels are background.
@@ -206,9 +207,10 @@ def pseudo_labels(maps, tagged, lo=LO, hi=HI):
     tensor([[[  5,   8,   0, 255]]], dtype=torch.uint8)
     """
     check_tagged(tagged, IGNORE - 1)
-    if not 0 <= lo <= hi <= 1 or len(tagged) != maps.shape[1] or not maps.isfinite().all():
-        raise ValueError(f"lo {lo}, hi {hi}, {len(tagged)} classes, maps {tuple(maps.shape)}: want "
-                         "0 <= lo <= hi <= 1 and a finite map for every class")  # fmt: skip
+    if not 0 <= lo <= hi <= 1:
+        raise ValueError(f"want 0 <= lo <= hi <= 1, got lo {lo}, hi {hi}")
+    if len(tagged) != maps.shape[1] or not maps.isfinite().all():
+        raise ValueError(f"want {len(tagged)} maps of finite numbers, got {tuple(maps.shape)}")
     if len(tagged) == 0:
         return torch.zeros_like(maps.sum(1), dtype=torch.uint8)
     best, p = maps.max(1)  # (B,H,W) each
@@ -224,8 +226,8 @@ def four_stages(scores, features, image, tagged, stages=STAGES, lo=LO, hi=HI, fl
 
     scores (B,K,h,w): S, or Z (B,K+1,h,w) for `head_maps`; features (B,C,h2,w2): F_mid;
     image (B,3,H,W) in [0,1]; tagged (P,): indices of the tagged classes.
-    stages: functions for stages 1 to 3. None in place of the second or third leaves that stage
-    out; the maps between them are stretched all the same, by at most 1 / floor.
+    stages: functions for stages 1 to 3; None in place of the second or third skips that stage. The
+    maps are stretched between stages 2 and 3 in any case, by at most a factor of 1 / floor.
     Returns localized (B,P,h2,w2), guided (B,P,h2,w2), refined (B,P,H,W), all in [0,1], and the
     label (B,H,W) uint8. Raises ValueError as the stages do.
     Source: abstract, sentences 5 to 8.
@@ -242,9 +244,9 @@ def four_stages(scores, features, image, tagged, stages=STAGES, lo=LO, hi=HI, fl
 
 
 def stretch(maps, floor):
-    """Return M_k / max(max_ij M_k, floor): maps with a maximum of 1, multiplied by at most 1/floor.
+    """Return M_k / max(max M_k, floor): maps with a maximum of 1, multiplied by at most 1 / floor.
 
-    The bound keeps the map of a wrong tag low, which would otherwise fill the picture.
+    Without that limit the weak map of a wrong tag would be amplified until it fills the picture.
 
     maps (B,P,h,w) >= 0. Returns (B,P,h,w). Source: our choice.
     """
@@ -277,14 +279,15 @@ def guided_coefficients(p, I, radius, eps):
     Raises ValueError if the sizes differ, I is not an RGB image in [0,1], radius < 0 or eps < 1e-9.
     Source: He, Sun & Tang, Guided Image Filtering (ECCV 2010), eqs. 14 to 16.
     """
-    if p.shape[-2:] != I.shape[-2:] or I.shape[1] != 3 or not radius >= 0 or not eps >= 1e-9:
-        raise ValueError(f"maps {tuple(p.shape)}, image {tuple(I.shape)}, radius {radius}, eps "
-                         f"{eps}: want one size, 3 colours, radius >= 0, eps >= 1e-9")  # fmt: skip
+    if p.shape[-2:] != I.shape[-2:] or I.shape[1] != 3:
+        raise ValueError(f"maps {tuple(p.shape)} do not fit an RGB image, got {tuple(I.shape)}")
+    if not radius >= 0 or not eps >= 1e-9:
+        raise ValueError(f"want radius >= 0 and eps >= 1e-9, got {radius} and {eps}")
     if I.min() < -1e-3 or I.max() > 1 + 1e-3:
-        raise ValueError(f"the guidance image leaves [0,1]: {I.min():.3g} to {I.max():.3g}")
+        raise ValueError(f"want an image in [0,1], got {I.min():.3g} to {I.max():.3g}")
     x = torch.cat([I, p], 1).double()  # (B,3+P,h,w): the colours, then the maps
     mean = box_mean(x, radius)  # (B,3+P,h,w): mu_k, then mean_k(p)
-    # covariances of the three colours with the colours and with the maps, in every window
+    # in every window, the covariances of the three colours with the colours and with the maps
     products = (x[:, :3, None] * x[:, None]).flatten(1, 2)  # (B,3(3+P),h,w)
     products = box_mean(products, radius).unflatten(1, (3, -1))  # (B,3,3+P,h,w)
     covariance = products - mean[:, :3, None] * mean[:, None]  # (B,3,3+P,h,w)
@@ -301,14 +304,14 @@ def guided_coefficients(p, I, radius, eps):
 def box_mean(x, radius):
     """Return the mean over the (2 radius + 1)^2 window around each pixel, cut at the border.
 
-    Running sums take the same time for every radius (torch's average pooling does not).
+    Running sums take equally long for every radius; torch's average pooling does not.
 
     x (B,C,H,W); radius >= 0. Returns (B,C,H,W).
 
     >>> box_mean(torch.tensor([[[[1., 2., 6.]]]]), radius=1)
     tensor([[[[1.5000, 3.0000, 4.0000]]]])
     """
-    pixels = 1  # in the window of each pixel
+    pixels = 1  # number of pixels in each window
     for dim in (2, 3):
         n = x.shape[dim]
         r = min(radius, n - 1)

