@@ -4,7 +4,7 @@
 
 Training reads photos and tags only: JPEGImages, Annotations and ImageSets of a VOC devkit, or a
 folder of tagged photos. SegmentationClass and SegmentationClassAug are opened for scores and for
-`--supervised`, the upper bound. A file classes.txt, one name a line, replaces VOC's twenty classes.
+`--supervised`, the upper bound. A file classes.txt, one name per line, replaces VOC's classes.
 """
 
 import csv
@@ -40,7 +40,7 @@ VOC_CLASSES = (
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # JPEG includes the MPO files of phones
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 UNREADABLE = (".heic", ".heif", ".avif", ".gif", ".jp2", ".dng", ".cr2", ".nef", ".svg", "")
-MOST_PIXELS = 64_000_000  # of a photo
+MOST_PIXELS = 64_000_000  # in a photo
 
 
 # ---- a devkit ------------------------------------------------------------------------------------
@@ -70,9 +70,9 @@ class VOC:
         if not self.list_path.exists():
             self.list_path = self._list(split)
         self.ids = read_list(self.list_path)
-        photos = pictures_in(self.root / "JPEGImages")
-        missing = self.root / "JPEGImages"
-        self.image_paths = [photos.get(nfc(name), missing / f"{name}.jpg") for name in self.ids]
+        folder = self.root / "JPEGImages"
+        photos = pictures_in(folder)
+        self.image_paths = [photos.get(nfc(name), folder / f"{name}.jpg") for name in self.ids]
         self.xml_paths = {nfc(p.stem): p for p in (self.root / "Annotations").glob("*.xml")}
         masks = pictures_in(self.root / "SegmentationClass", (".png",))
         masks |= pictures_in(self.root / "SegmentationClassAug", (".png",))
@@ -82,15 +82,15 @@ class VOC:
         return self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
 
     def has(self, split):
-        """Return whether the devkit has a list of that name."""
+        """Return whether the devkit has that list."""
         return self._list(split).exists()
 
     def identity(self):
-        """Return what must not change between starting a run and resuming it."""
+        """Return what must be the same when a run is resumed."""
         return {"classes": self.class_names, "ids": self.ids, "tags": self.tags.tolist()}
 
     def read_tags(self, i):
-        """Return the set of class names of photo i. Outside training the XML may be missing."""
+        """Return the set of class names of photo i. Only training photos must have an XML file."""
         path = self.root / "Annotations" / f"{self.ids[i]}.xml"
         path = self.xml_paths.get(nfc(self.ids[i]), path)
         if self.split != "train" and not path.exists():
@@ -98,21 +98,21 @@ class VOC:
         return read_tags(path, self.class_names)
 
     def is_annotated(self, i):
-        """Return whether the tags of image i are known."""
+        """Return whether the tags of photo i are known."""
         return nfc(self.ids[i]) in self.xml_paths
 
     def mask(self, i, size):
-        """Return the ground truth of image i of size (width, height): (H,W) uint8, to measure.
+        """Return the ground truth (H,W) uint8 of photo i of size (width, height).
 
         Raises InputError.
         """
         return read_mask(self.mask_paths[i], len(self.class_names), size)
 
     def contradicts(self, i, mask):
-        """Return whether a mask shows no class at all, or one that image i is not tagged with."""
+        """Return whether a mask shows no class, or one that photo i is not tagged with."""
         shown = {int(k) - 1 for k in np.unique(mask) if 0 < k < IGNORE}
         tagged = set(self.tags[i].nonzero()[:, 0].tolist())
-        if not tagged:  # an untagged example shows nothing; without an annotation all is unknown
+        if not tagged:  # an untagged photo shows no class; without annotation it may show any
             return bool(shown) if self.is_annotated(i) else not shown
         return not (shown and shown <= tagged)
 
@@ -142,9 +142,9 @@ class VOC:
             self._check_tags()
 
     def check_masks(self, contradicting):
-        """Raise InputError if val masks are missing, or if most masks contradict the image tags.
+        """Raise InputError if some val masks are missing, or if most masks contradict the tags.
 
-        contradicting: ids of the images whose mask `contradicts` their tags.
+        contradicting: ids of the photos whose mask `contradicts` their tags.
         """
         missing = [name for name, path in zip(self.ids, self.mask_paths) if path is None]
         found = len(self.ids) - len(missing)
@@ -152,19 +152,20 @@ class VOC:
             problem = f"lacks {len(missing)} of {len(self.ids)} masks: {' '.join(missing[:10])}"
             raise InputError(self.root, problem, "Add them, or shorten the list", "masks")
         if 2 * len(contradicting) > found:
-            problem = f"has {len(contradicting)} of {found} masks that show none of the image's "
-            problem += f"tags, or classes it is not tagged with: {' '.join(contradicting[:10])}"
+            problem = f"has {len(contradicting)} of {found} masks that do not show the classes "
+            problem += f"in the tags of their photo: {' '.join(contradicting[:10])}"
             remedy = "Index n must mean the n-th class, 0 background and 255 undecided, and the "
-            remedy += "tags must name every class in the picture, not the main one only"
+            remedy += "tags must name every class in the photo, not only the main one"
             raise InputError(self.root, problem, remedy, "masks")
 
     def _check_tags(self):
         """Raise InputError if all photos have the same tags; warn of tags on no or every photo."""
         shares = self.tags.mean(0).tolist()
         if not set(shares) - {0, 1}:
-            remedy = "Add photos that show something else: a class is learnt from photos with and "
-            raise InputError(self.root, "has the same tags on all photos", remedy + "without it",
-                             "tags")  # fmt: skip
+            remedy = (
+                "Add photos of other classes: a class is learnt from photos with and without it"
+            )
+            raise InputError(self.root, "has the same tags on all photos", remedy, "tags")
         for name, share in zip(self.class_names, shares):
             if share == 0:
                 warn(f"no training image is tagged {name}: it will not be learnt")
@@ -186,12 +187,12 @@ def warn_of_lists(train_set, val_set):
     if train_set.list_path.stem == "train_aug" and train_set.has("train"):
         left_out = set(read_list(train_set.list_path.with_name("train.txt"))) - set(train_set.ids)
         if left_out:
-            warn(f"{train_set.list_path} is used and leaves out {len(left_out)} photos of "
-                 "train.txt. Remove it to train on train.txt")  # fmt: skip
+            text = f"{train_set.list_path} is used and lacks {len(left_out)} photos of train.txt"
+            warn(f"{text}. Remove it to train on train.txt")
     both = sorted(set(train_set.ids) & set(val_set.ids))
     if both:
-        warn(f"{val_set.list_path} lists {len(both)} training photos: {' '.join(both[:5])}. "
-             "Their scores are not of unseen photos")  # fmt: skip
+        text = f"{val_set.list_path} lists {len(both)} training photos: {' '.join(both[:5])}"
+        warn(f"{text}. They should be photos that the network has not seen")
 
 
 # ---- a folder of tagged photos -------------------------------------------------------------------
@@ -231,12 +232,12 @@ class Photos(VOC):
             problem = f"holds two photos that differ only in their ending: {repeated[0]}"
             raise InputError(path, problem, "Rename one", "names")
         below = self.root / "masks"
-        masks = {nfc(p.relative_to(below).with_suffix("").as_posix()): p
-                 for p in below.rglob("*.png")}  # fmt: skip
+        masks = {p.relative_to(below).with_suffix(""): p for p in below.rglob("*.png")}
+        masks = {nfc(name.as_posix()): p for name, p in masks.items()}
         self.mask_paths = [masks.get(nfc(name)) for name in self.ids]
 
     def has(self, split):
-        """A folder of photos has no lists."""
+        """Return False: a folder of photos has no lists."""
         return False
 
     def read_tags(self, i):
@@ -244,15 +245,15 @@ class Photos(VOC):
         return self.found_tags[i]
 
     def is_annotated(self, i):
-        """All photos of a folder count: those without a tag are untagged examples."""
+        """Return True: photos of a folder without a tag are untagged examples."""
         return True
 
 
 def tags_of_folders(root):
     """Return {photo: set of tags} of ROOT/CLASS/photo.jpg.
 
-    A photo with two tags lies, byte for byte, in both folders. Photos directly in ROOT count as
-    untagged examples. Warns of files that are not used. Raises InputError.
+    A photo with two tags is placed in both folders (the same file, byte for byte). Photos directly
+    in ROOT count as untagged examples. Warns about files that are not used. Raises InputError.
     """
     found = {}  # hash of the photo's bytes -> its path and tags
     copies = set()
@@ -277,8 +278,8 @@ def tags_of_folders(root):
 def refuse_masks_beside_photos(photos):
     """Raise InputError if pictures among the photos look like the masks of others.
 
-    That is x_mask.png beside x.jpg, or a folder of which every picture is a palette or grey PNG and
-    has the name of a photo in another folder.
+    For example x_mask.png beside x.jpg, or a folder that holds only palette or grey PNG files which
+    are named like photos in other folders.
     """
     stems = Counter(path.stem for path in photos)
     names = {path.with_suffix("") for path in photos}
@@ -299,9 +300,9 @@ def refuse_masks_beside_photos(photos):
 def tags_of_table(path):
     """Return {photo: set of tags} of a table.
 
-    A row is a photo and its tags, one tag a cell, or several in a cell, separated by , ; or |.
-    A space belongs to the name. A header whose columns are classes, with cells such as 1 and 0, yes
-    and no, is read as such. Commas, semicolons or tabs separate cells. Raises InputError.
+    A row is a photo and its tags, one per cell or several in a cell, separated by , ; or |. Names
+    may contain spaces. A header may name the classes; the cells below it are then 1 and 0, yes and
+    no or the like. Cells are separated by commas, semicolons or tabs. Raises InputError.
     """
     header, rows = read_rows(path)
     folder = path.parent
@@ -310,7 +311,7 @@ def tags_of_table(path):
     named = [row[0].replace("\\", "/") for _, row in rows]
     named = [nfc(os.path.normpath(name).replace("\\", "/")) for name in named]
     photos = [files.get(name) or stems.get(name) for name in named]
-    # without a match and without an ending the first row is a header
+    # a first row that names neither a photo nor a file with an ending is a header
     if rows and not header and not photos[0] and not Path(named[0]).suffix:
         header = rows.pop(0)[1]
         photos.pop(0)
@@ -318,19 +319,19 @@ def tags_of_table(path):
     columns = header and all(re.fullmatch(r"|\d+(\.0*)?|true|false|yes|no|x", c) for c in cells)
     found = {}
     for photo, (number, row) in zip(photos, rows):
-        where = f"row {number}"
         if photo is None:
-            raise InputError(path, f"{where} names {row[0]!r}, which is not a file below {folder}",
-                             "Correct the name", "missing")  # fmt: skip
+            problem = f"row {number} names {row[0]!r}, which is not a file below {folder}"
+            raise InputError(path, problem, "Correct the name", "missing")
         if columns:
-            tags = {nfc(name.strip()) for name, cell in zip(header[1:], row[1:])
-                    if not re.fullmatch(r"|0+(\.0*)?|false|no", cell.strip().lower())}  # fmt: skip
+            no = re.compile(r"|0+(\.0*)?|false|no", re.IGNORECASE)
+            tags = [name for name, cell in zip(header[1:], row[1:]) if not no.fullmatch(cell)]
         else:
-            tags = {nfc(t.strip()) for cell in row[1:] for t in re.split("[,;|]", cell)} - {""}
+            tags = [tag for cell in row[1:] for tag in re.split("[,;|]", cell) if tag.strip()]
+        tags = {nfc(tag.strip()) for tag in tags}
         for tag in sorted(tags):
             if not re.match(r"[^\W\d]", tag) or re.search(r"[\[\]{}()<>=\"]", tag):
                 remedy = "Write class names, or a header with a column for each class"
-                raise InputError(path, f"{where} has {tag!r} for a tag", remedy, "tags")
+                raise InputError(path, f"row {number} has {tag!r} as a tag", remedy, "tags")
         found.setdefault(photo, set()).update(tags)
     refuse_lists_in_names(path, set().union(*found.values()))
     warn_of_unused(folder, set(found))
@@ -338,7 +339,7 @@ def tags_of_table(path):
 
 
 def read_rows(path):
-    """Return the header of a table, if it is sure to be one, and its rows [(number, cells), ...].
+    """Return the header of a table, or None if it is unclear, and its rows [(number, cells), ...].
 
     Understands a first line `sep=;` and the index column that pandas writes. Raises InputError.
     """
@@ -348,7 +349,9 @@ def read_rows(path):
         delimiter = lines[0][4:5]
         lines[0] = ""
     first = next((line for line in lines if re.search("[;\t,]", line)), "")
-    between = re.search("[;\t,]", re.sub('"[^"]*"', "", first))  # the first one, behind the photo
+    between = re.search(
+        "[;\t,]", re.sub('"[^"]*"', "", first)
+    )  # the first one follows the photo's name
     delimiter = delimiter or (between[0] if between else ",")
     with as_input_error(path, "is not a table", "Write rows of a photo and its tags", "format"):
         rows = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True))
@@ -369,24 +372,23 @@ def refuse_lists_in_names(path, names):
     for name in sorted(names):
         parts = name.split()
         if len(parts) > 1 and (set(parts) <= names or words[frozenset(parts)] > 1):
-            remedy = "Separate tags by a comma, a semicolon or |: a space belongs to the name"
+            remedy = "Separate tags by a comma, a semicolon or |, not by a space"
             raise InputError(path, f"has the tag {name!r}, which looks like a list", remedy, "tags")
 
 
 def warn_of_unused(root, used):
-    """Warn, in one line, of the files below root that are not used, counted by their ending."""
-    known = {root / "classes.txt", root / "tags.csv"}
-    others = [p for p in sorted(root.rglob("[!.]*")) if p.is_file() and p not in used | known]
-    others = [p for p in others if p.parent == root or p.relative_to(root).parts[0] != "masks"
-              or p.suffix.lower() != ".png"]  # fmt: skip
+    """Warn, in one line, about files below root that are not used, counted by their ending."""
+    used = used | {root / "classes.txt", root / "tags.csv"}
+    used |= {p for p in (root / "masks").rglob("*") if p.suffix.lower() == ".png"}
+    others = [p for p in sorted(root.rglob("[!.]*")) if p.is_file() and p not in used]
     if others:
         endings = count_endings(Counter(p.suffix.lower() for p in others))
-        warn(f"{root} holds {len(others)} files that are not used: {endings}; the first is "
-             f"{others[0].relative_to(root)}")  # fmt: skip
+        first = others[0].relative_to(root)
+        warn(f"{root} holds {len(others)} files that are not used: {endings}; the first is {first}")
 
 
 def count_endings(counts):
-    """Return for example "3 .heic, 1 without ending" of a Counter of file endings."""
+    """Return a Counter of file endings as text, for example "3 .heic, 1 without ending"."""
     return ", ".join(f"{n} {ending or 'without ending'}" for ending, n in counts.most_common())
 
 
@@ -396,10 +398,10 @@ def count_endings(counts):
 class Crops:
     """Training samples: image i and its label map, scaled, flipped and cropped together.
 
-    The long side becomes size * U(scale); then a window of crop x crop pixels is cut at random.
-    Outside the photo the input is grey (128/255) and the label 255. The random numbers depend on
-    (seed, epoch, n) alone. label_paths lists the PNG files of the labels, or is None during the
-    warm-up (all 255).
+    The long side is resized to size times a random number from `scale`; then a random window of
+    crop x crop pixels is cut out. Outside the photo the input is grey (128/255) and the label 255.
+    The random numbers depend on (seed, epoch, n) alone. label_paths lists the PNG files of the
+    labels; None, in the warm-up, makes all labels 255.
 
     crops[n] returns the image (3,crop,crop) float32 in [0,1], the tags (K,) float32, the label
     (crop,crop) int64, and i = n modulo the number of photos.
@@ -460,7 +462,7 @@ def aligned(image, size):
 
 # ---- reading photos, masks, tags, lists ----------------------------------------------------------
 
-TURNS = {  # EXIF orientation -> how to turn the picture upright
+TURNS = {  # EXIF orientation -> what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -508,7 +510,7 @@ def decode(source, convert):
             w, h = image.size
             if min(w, h) < 16 or w * h > MOST_PIXELS:
                 problem = f"has {w} x {h} pixels"
-                remedy = "Resize it to 16 or more a side and at most 64 million in all"
+                remedy = "Resize it to at least 16 pixels per side and 64 million in total"
                 raise InputError(name, problem, remedy, "size")
             return convert(image, name)
 
@@ -516,16 +518,16 @@ def decode(source, convert):
 def to_rgb(image, name):
     """Return a PIL image upright and in RGB. Raises InputError for floats and 32-bit integers."""
     is_tiff = image.format == "TIFF"
-    image.load()  # Pillow turns TIFF files while it loads them
+    image.load()  # for TIFF files, Pillow already applies the orientation here
     try:
-        turn = TURNS.get(image.getexif().get(0x0112))  # all other EXIF values are ignored
+        turn = TURNS.get(image.getexif().get(0x0112))  # other EXIF values are ignored
     except Exception:  # damaged EXIF data does not make the picture unreadable
         turn = None
     image = image.transpose(turn) if turn is not None else image
     if image.mode.startswith("I"):  # 16-bit grey: keep the upper byte
         values = np.asarray(image).astype(np.int64)
         if values.max() > 65535 or values.min() < 0 or image.mode == "I" and is_tiff:
-            raise InputError(name, "has 32 bits a pixel", "Save it with 8 or 16 bits", "image")
+            raise InputError(name, "has 32 bits per pixel", "Save it with 8 or 16 bits", "image")
         image = Image.fromarray((values >> 8).astype(np.uint8))
     if image.mode == "F":
         raise InputError(name, "holds floating-point values", "Save it with 8 or 16 bits", "image")
@@ -539,7 +541,7 @@ def mode_of(path):
     try:
         with Image.open(path) as image:
             return image.mode
-    except Exception:  # reading it later will name the problem
+    except Exception:  # reported when the picture is read
         return ""
 
 
@@ -551,13 +553,15 @@ def read_mask(path, num_classes, size=None):
 
     def indices(image, name):
         if image.format != "PNG" or image.mode not in ("P", "L"):
-            problem = f"is not an indexed PNG but {image.format}, mode {image.mode}"
+            problem = f"is not an indexed PNG but a {image.format} file of mode {image.mode}"
             raise InputError(name, problem, "Export masks as palette PNG files", "mask")
         return np.array(image)
 
     mask = decode(path, indices)
     if size is not None and size != mask.shape[::-1]:
-        problem = f"has {mask.shape[1]} x {mask.shape[0]} pixels, its image {size[0]} x {size[1]}"
+        problem = (
+            f"has {mask.shape[1]} x {mask.shape[0]} pixels, but its photo {size[0]} x {size[1]}"
+        )
         raise InputError(path, problem, "Export the mask again, or restore the image", "mask")
     wrong = mask[(mask > num_classes) & (mask != IGNORE)]
     if wrong.size:
@@ -570,12 +574,12 @@ def read_tags(path, class_names):
     """Return the set of class names in a VOC annotation.
 
     Only `object/name` counts, not the parts of an object. Raises InputError, also for a DOCTYPE
-    (entity bombs need one, VOC has none) and for XML of another kind.
+    (which entity bombs need and VOC does not use) and for XML of another kind.
     """
     text = read_text(path)
     remedy = "Write VOC's form, <annotation><object><name>cat</name></object></annotation>"
     if "<!DOCTYPE" in text or len(text) > 1_000_000:
-        raise InputError(path, "has a DOCTYPE, or more than a megabyte", remedy, "xml")
+        raise InputError(path, "has a DOCTYPE or is larger than a megabyte", remedy, "xml")
     with as_input_error(path, "is not XML", f"{remedy}, as UTF-8", "xml"):
         root = ET.fromstring(text)
     if root.tag != "annotation":
@@ -590,7 +594,7 @@ def read_tags(path, class_names):
 
 
 def read_list(path):
-    """Return the image ids of a list, one a line.
+    """Return the image ids of a list with one id per line.
 
     Also understood: CRLF, blank lines, the column -1/0/1 of ImageSets/Main (-1 is left out), ids
     with an ending, and pairs of paths (/JPEGImages/ID.jpg /SegmentationClass/ID.png).
@@ -602,19 +606,19 @@ def read_list(path):
         understood = rest in ([], ["-1"], ["0"], ["1"]) or rest[0].lower().endswith(".png")
         parts = [part for part in first.split("/") if part]
         if not understood or len(parts) > 1 and parts[-2] != "JPEGImages":
-            raise InputError(path, f"has the line {line[:60]!r}", "Write one id a line", "list")
+            raise InputError(path, f"has the line {line[:60]!r}", "Write one id per line", "list")
         if first and rest != ["-1"]:
             name = parts[-1]
             ids.append(Path(name).stem if Path(name).suffix.lower() in ENDINGS else name)
     if not ids:
-        raise InputError(path, "lists no image", "Write one id a line", "list")
+        raise InputError(path, "lists no image", "Write one id per line", "list")
     return list(dict.fromkeys(ids))
 
 
 def read_classes(root, usual):
-    """Return the class names in ROOT/classes.txt, one a line, or the usual ones without that file.
+    """Return the class names in ROOT/classes.txt, one per line, or `usual` without that file.
 
-    Background is not listed. Raises InputError.
+    The background is not listed. Raises InputError.
     """
     path = root / "classes.txt"
     names = usual
@@ -626,11 +630,11 @@ def read_classes(root, usual):
     for name in names:
         letters = re.sub("[^a-z]", "", name.lower())
         if letters in ("background", "ignore", "void", "unlabeled", "undecided"):
-            problem = f"has a class {name}, but index 0 is background and 255 undecided anyway"
+            problem = f"has a class {name}, but 0 always means background and 255 undecided"
             raise InputError(root, problem, "Remove or rename it", "classes")
         if not name.isprintable():
-            raise InputError(root, f"has a class {name!r} with control characters", "Rename it",
-                             "classes")  # fmt: skip
+            problem = f"has a class {name!r} with control characters"
+            raise InputError(root, problem, "Rename it", "classes")
     return names
 
 
@@ -646,20 +650,19 @@ def photos_of(path):
         raise InputError(path, "may not be read", "Change its permissions", "permission")
     pictures = [p for p in sorted(path.glob("[!.]*")) if p.suffix.lower() in ENDINGS]
     pictures = [p for p in pictures if not p.is_dir()]
-    stems = {p.stem for p in pictures}
-    return [p for p in pictures if p.suffix != ".png" or p.stem.removesuffix("_stages") == p.stem
-            or p.stem.removesuffix("_stages") not in stems]  # fmt: skip
+    stages = {f"{p.stem}_stages.png" for p in pictures}
+    return [p for p in pictures if p.name not in stages]
 
 
 def pictures_in(folder, endings=ENDINGS):
-    """Return {name without ending: path} of the pictures in a folder. Of several, .jpg wins."""
+    """Return {name without ending: path} of the pictures in a folder, preferring .jpg."""
     paths = photos_of(folder) if folder.is_dir() else []
     paths = [path for path in paths if path.suffix.lower() in endings]
     return {nfc(path.stem): path for path in sorted(paths, key=lambda path: path.suffix == ".jpg")}
 
 
 def nfc(name):
-    """Return the name with composed letters, so that names from macOS and others are equal."""
+    """Return the name in Unicode form NFC: macOS may store the same name in another form."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -669,7 +672,7 @@ def nfc(name):
 def confusion(target, prediction, num_classes):
     """Return C (K+1,K+1) int64: C[g,p] counts the pixels of class g that are predicted as p.
 
-    target (H,W) holds 0..K, or 255 for pixels that do not count; prediction (H,W) holds 0..K.
+    target (H,W) holds 0..K, or 255 for pixels to ignore; prediction (H,W) holds 0..K.
     Raises ValueError for other values.
     """
     n = num_classes + 1
@@ -685,7 +688,7 @@ def summary(C, class_names):
     """Return {"miou", "iou", "precision", "recall", "confusion"} of a confusion matrix C (K+1,K+1).
 
     IoU_k = C_kk / (row_k + column_k - C_kk), precision C_kk / column_k, recall C_kk / row_k, all in
-    [0,1], of the classes that occur in a mask; mIoU is the mean of their IoU.
+    [0,1], for the classes that occur in a mask; mIoU is the mean of their IoU.
     """
     scores = {"iou": {}, "precision": {}, "recall": {}}
     for k, name in enumerate(["background", *class_names]):
@@ -701,7 +704,7 @@ def summary(C, class_names):
 
 
 def areas(label, label_names):
-    """Return {name: share of the pixels} of the classes that occur in a label (H,W)."""
+    """Return {name: share of the pixels} for the classes that occur in a label (H,W)."""
     counts = np.bincount(label.ravel(), minlength=len(label_names))
     return {name: float(n / label.size) for name, n in zip(label_names, counts) if n}
 
@@ -729,11 +732,12 @@ def palette_image(label):
 
 
 def remove_specks(label):
-    """Return a label (H,W) uint8 without specks: every pixel takes the most frequent index of the
-    window around it, 9 pixels wide on photos of 500 pixels and more, less on smaller ones.
+    """Return a label (H,W) uint8 without specks.
 
-    An index that is not in the label cannot appear. Source: our choice (docs/CHOICES.md). Counting
-    each index by running sums is much faster on large photos than Pillow's ModeFilter.
+    Every pixel takes the most frequent index in the window around it, which is 9 pixels wide for
+    photos of 500 pixels or more and smaller for smaller ones. No new index can appear. Counting
+    with running sums is much faster on large photos than Pillow's ModeFilter.
+    Source: our choice (docs/CHOICES.md).
     """
     radius = min(4, round(max(label.shape) / 125))
     cleaned = np.zeros_like(label)
@@ -773,7 +777,7 @@ def overlay(image, label, label_names=()):
 
 
 def load_font(size):
-    """Return a font with letters of many scripts if there is one, else Pillow's own."""
+    """Return DejaVu Sans, which covers many scripts, or Pillow's own font if it is missing."""
     try:
         return ImageFont.truetype("DejaVuSans.ttf", size)
     except OSError:
@@ -781,7 +785,7 @@ def load_font(size):
 
 
 def sheet(rows, width=160):
-    """Return one picture of rows [{caption: picture, ...}, ...], every picture `width` wide.
+    """Return one picture of rows [{caption: picture, ...}, ...], each picture `width` wide.
 
     Pictures more than four times as high as wide are drawn narrower.
     """
@@ -809,7 +813,7 @@ TOY_HUES = ((200, 70, 60), (70, 90, 200), (50, 190, 60), (210, 180, 50))
 
 
 def toy_shape(name, u, v):
-    """Return which points (u,v) lie inside a shape of radius 1: boolean, of u's shape."""
+    """Return whether each point (u,v) lies inside a shape of radius 1, as a boolean array."""
     if name == "disc":
         return u**2 + v**2 < 1
     if name == "square":
@@ -830,8 +834,8 @@ def toy_texture(rng, size, colour):
 def toy_picture(rng, size):
     """Return an image (size,size,3) uint8 and its mask (size,size) uint8.
 
-    One to three shapes lie on a dull background; later ones cover earlier ones; the outlines are
-    255 in the mask. Every shape has a hue of its own, so that six conv blocks learn it in a minute.
+    One to three shapes lie on a dull background; later ones cover earlier ones. Outlines are 255 in
+    the mask. Each kind of shape has its own hue, so that six conv blocks learn it in a minute.
     """
     y, x = np.mgrid[:size, :size]
     image = toy_texture(rng, size, rng.integers(60, 200) + rng.uniform(-25, 25, 3))
@@ -854,7 +858,7 @@ def toy_picture(rng, size):
 def make_toy(root, train=240, val=60, size=97, seed=0):
     """Write a small VOC devkit of four shapes to the new folder root; return its Path.
 
-    It is written beside it and renamed at the end, so that it is there whole or not at all.
+    It is written under another name and renamed at the end, so that root is never incomplete.
     Raises InputError.
     """
     root = Path(root)
@@ -883,8 +887,10 @@ def make_toy(root, train=240, val=60, size=97, seed=0):
 
 
 class InputError(Exception):
-    """Raised for every problem with user input. The message names the file, the problem and the
-    remedy: "{path} {problem}. {remedy}." `path` and `kind` are for programs and tests."""
+    """Raised for every problem with user input: "{path} {problem}. {remedy}."
+
+    `path` and `kind` are for programs and tests.
+    """
 
     def __init__(self, path, problem, remedy, kind):
         super().__init__(printable(f"{path} {problem}. {remedy}."))
@@ -894,7 +900,7 @@ class InputError(Exception):
 
 @contextmanager
 def as_input_error(path, problem, remedy, kind):
-    """Turn whatever a parser, decoder, disk or network raises inside into an InputError."""
+    """Turn every exception raised inside the block into an InputError (but not MemoryError)."""
     try:
         yield
     except (InputError, MemoryError):
@@ -906,18 +912,18 @@ def as_input_error(path, problem, remedy, kind):
 
 
 def raise_all(problems, most):
-    """Raise the InputErrors of a list as one, a line each, at most `most` of them."""
+    """Raise the InputErrors of a list as one that shows at most `most` of them, one per line."""
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        error = InputError(f"{len(problems)} files", "have problems", "Run python data.py PATH to "
-                           "list them all", "several")  # fmt: skip
+        remedy = "Run python data.py PATH to list them all"
+        error = InputError(f"{len(problems)} files", "have problems", remedy, "several")
         error.args = ("\n".join([error.args[0], *(str(p) for p in problems[:most])]),)
         raise error
 
 
 def read(path, limit=2**28):
-    """Return the bytes of a file, at most `limit`. Every file is read here. Raises InputError."""
+    """Return the bytes of a file, at most `limit`. Raises InputError. All files are read here."""
     path = Path(path)
     with as_input_error(path, "cannot be read", "Check the file and its permissions", "read"):
         if not path.exists():
@@ -937,11 +943,11 @@ def read_text(path):
 def load(path):
     """Return the dict in a checkpoint or weights file. No pickled code is run.
 
-    Raises InputError for other files, wrong checksums, and archives that unpack to more than they
-    weigh (torch does not compress).
+    Raises InputError for other files, wrong checksums, and archives that unpack to more bytes than
+    they have (torch does not compress).
     """
     content = io.BytesIO(read(path, limit=2**33))
-    with as_input_error(path, "is not a torch file, or damaged", "Give another", "weights"):
+    with as_input_error(path, "is not a torch file or is damaged", "Give another", "weights"):
         if zipfile.is_zipfile(content):
             archive = zipfile.ZipFile(content)
             size = sum(member.file_size for member in archive.infolist())
@@ -952,9 +958,9 @@ def load(path):
 
 
 def check_finite(state, source):
-    """Return a state dict as it is if all its numbers are finite; raise InputError otherwise."""
+    """Return a state dict unchanged, or raise InputError if one of its numbers is not finite."""
     for name, value in state.items():
-        if not math.isfinite(value.sum(dtype=torch.float64)):  # faster than asking every number
+        if not math.isfinite(value.sum(dtype=torch.float64)):  # faster than isfinite().all()
             problem = f"has a value in {name} that is not finite"
             raise InputError(source, problem, "Give another file, or a lower --lr", "weights")
     return state
@@ -963,9 +969,10 @@ def check_finite(state, source):
 def write(path, content, source=None):
     """Write text, bytes, a picture (as PNG) or a dict (for `load`) so that path is always whole.
 
-    The content goes to a new temporary file, which is then renamed. All files are written here.
-    source: the photo that a picture was made from; it is noted in the PNG, and a picture that was
-    not made from it by this program is never replaced. Raises InputError.
+    The content goes to a temporary file, which is then renamed. All files are written here.
+    source: the photo that a picture was made from. It is noted in the PNG, and a file that does not
+    note the same source is never replaced.
+    Raises InputError.
     """
     path = Path(path)
     info = PngInfo()
@@ -1001,12 +1008,12 @@ def source_of(path):
     try:
         with Image.open(io.BytesIO(read(path))) as image:
             return image.info.get("sgseg source")
-    except Exception:  # not a picture: not ours
+    except Exception:  # not a picture, so not written by us
         return None
 
 
 def sync(file):
-    """Have the file written to the disk; some file systems cannot."""
+    """Flush the file to the disk, unless the file system does not support it."""
     try:
         os.fsync(file.fileno())
     except OSError as e:
@@ -1015,18 +1022,18 @@ def sync(file):
 
 
 def printable(text, keep=""):
-    """Return the text with ? in place of control characters, apart from those in `keep`."""
+    """Return the text with ? in place of control characters, except those in `keep`."""
     return "".join(c if c.isprintable() or c in keep else "?" for c in text)
 
 
 def print_line(text, end="\n", stream=None):
-    """Print, ignoring output errors (closed pipe, full disk, characters that cannot be shown)."""
+    """Print, ignoring output errors: closed pipe, full disk, characters that cannot be shown."""
     stream = stream or sys.stdout
     encoding = getattr(stream, "encoding", None) or "ascii"
     text = printable(text, "\n\r").encode(encoding, "replace").decode(encoding)
     try:
         print(text, end=end, file=stream, flush=True)
-    except OSError:  # nobody reads it, or the disk is full: discard what follows
+    except OSError:  # closed pipe or full disk: discard all further output
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except ValueError:  # the stream is closed
         pass
@@ -1038,9 +1045,9 @@ def warn(text):
 
 
 def progress(name, items, note=None, total=None):
-    """Yield the items while showing progress: on one line of a terminal, elsewhere every 30 s.
+    """Yield the items and show progress: on one line of a terminal, or a new line every 30 s.
 
-    note: a dict of numbers that are shown as well; total: the number of items, if they have no len.
+    note: a dict of numbers to show as well; total: the number of items if they have no len().
     """
     terminal = sys.stdout is not None and sys.stdout.isatty()
     width = shutil.get_terminal_size().columns - 1
@@ -1061,9 +1068,9 @@ def progress(name, items, note=None, total=None):
 
 
 def run_command(name, command, argv):
-    """Run command(argv) for people: return its exit status, 0 if it returns none.
+    """Run command(argv) and return an exit status: its own, or 0 if it returns None.
 
-    Bad input gives one line on standard error and status 2, Ctrl-C status 130.
+    Bad input prints a message on standard error and gives status 2; Ctrl-C gives status 130.
     """
     warnings.filterwarnings("ignore", module="PIL")  # our own messages name the file
     try:
@@ -1071,8 +1078,9 @@ def run_command(name, command, argv):
     except InputError as e:
         print_line(f"{name}: {e}", stream=sys.stderr)
     except OSError as e:
-        print_line(printable(f"{name}: {e.filename or 'a file'} cannot be used ({e.strerror}). "
-                             "Check the path and its permissions."), stream=sys.stderr)  # fmt: skip
+        problem = f"{e.filename or 'a file'} cannot be used ({e.strerror})"
+        text = f"{name}: {problem}. Check the path and its permissions."
+        print_line(printable(text), stream=sys.stderr)
     except KeyboardInterrupt:
         print_line(f"{name}: stopped.", stream=sys.stderr)
         return 130
@@ -1087,11 +1095,11 @@ def report(path):
 
     Raises InputError with all problems, those of the masks as well.
     """
-    sets = [VOC(path, "train") if devkit_in(path) else Photos(path)]
+    is_devkit = devkit_in(path) is not None
+    sets = [VOC(path, "train") if is_devkit else Photos(path)]
     if sets[0].has("val"):
         sets.append(VOC(path, "val"))
         warn_of_lists(*sets)
-    is_devkit = devkit_in(path) is not None
     what = "a VOC devkit (--voc)" if is_devkit else "photos in folders or tags.csv (--photos)"
     print_line(f"{sets[0].root}: {what}")
     problems = []
@@ -1102,8 +1110,8 @@ def report(path):
             problems.append(problem)
         masks = sum(mask is not None for mask in one.mask_paths)
         sides = np.array(one.sizes or [(0, 0)])
-        print_line(f"{one.split}: {len(one.ids)} photos, sides of {sides.min()} to {sides.max()} "
-                   f"pixels, {masks} masks (for scoring only)")  # fmt: skip
+        sizes = f"sides of {sides.min()} to {sides.max()} pixels"
+        print_line(f"{one.split}: {len(one.ids)} photos, {sizes}, {masks} masks (for scoring only)")
         for name, n in zip(one.class_names, one.tags.sum(0).int().tolist()):
             print_line(f"  {name}: {n}")
         print_line(f"  without a tag: {int((one.tags.sum(1) == 0).sum())}")

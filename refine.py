@@ -61,7 +61,7 @@ def localization_maps(scores, tagged, unit=None):
 
 
 def head_maps(logits, tagged, soften=2.0):
-    """Stage 1 from round 2 on. Return M_k = softmax(Z / soften)_k over background and tagged classes.
+    """Stage 1 from round 2 on. Return softmax(Z / soften)_k over background and tagged classes.
 
     The segmentation head was trained on the labels of all photos and has averaged over their
     errors, so its maps are better than the CAM head's. Dividing by `soften` counteracts its

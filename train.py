@@ -3,7 +3,7 @@
     python train.py                                     the built-in toy set, about a minute
     python train.py --voc PATH                          a VOC devkit
     python train.py --photos DIR                        photos in folders of their class, DIR/cat
-    python train.py --out RUN --resume                  continue a run that was stopped
+    python train.py --out RUN --resume                  continue an interrupted run
     python train.py --eval RUN                          score a run again
     python train.py --out RUN --segment PHOTO.jpg ...   masks for your own photos
     python data.py PATH                                 print what the loader finds in your data
@@ -11,8 +11,8 @@
 
 The method alternates (Ke & Hsu 2018, abstract, sentence 9): every round first refines the pseudo
 labels with the network fixed, then updates the network with the labels fixed. A last refine makes
-the final labels. The schedule and all numbers are our choice; "tuned" means chosen on training
-masks of VOC subsets and then frozen (docs/CHOICES.md).
+the final labels. The schedule and all numbers are our choice; "tuned" means chosen with training
+masks of VOC subsets and then fixed (docs/CHOICES.md).
 """
 
 import argparse
@@ -45,7 +45,7 @@ from sgseg import BACKBONES, SCALES, SGSeg, load_imagenet
 
 try:
     import fcntl
-except ImportError:  # Windows: runs are not locked there
+except ImportError:  # Windows has no fcntl: runs are not locked there
     fcntl = None
 
 
@@ -60,26 +60,23 @@ class Config:
     """Every option of a run, with its help text, the source of its default and its range."""
 
     # data and weights
-    voc: str = option("", "devkit folder; without it and --photos the built-in toy set is used")
+    voc: str = option("", "devkit folder; without --voc and --photos the built-in toy set is used")
     photos: str = option("", "folder of tagged photos, DIR/CLASS/*.jpg, instead of a devkit")
-    corrected: str = option("", "folder of corrected masks: they are the labels of their photos")
+    corrected: str = option("", "folder of corrected masks, used as labels of their photos")
     out: str = option("", "run folder [runs/voc, runs/photos or runs/toy]")
     backbone: str = option("lite0", "lite0, vgg16, tiny or your own", choices=BACKBONES)
     weights: str = option("auto", "ImageNet weights: auto (the backbone's own), none, or a file")
     # schedule
     warmup: int = option(
-        0, "epochs of L_cls alone before round 1; required without ImageNet weights", "tuned", 0
+        0, "epochs of L_cls before round 1; needed without ImageNet weights", "tuned", 0
     )
     rounds: int = option(3, "rounds of refine and update before the last refine", "tuned", 0, 1000)
     epochs: int = option(4, "epochs of an update", "our choice", 1, 10_000)
-    min_steps: int = option(
-        5, "least steps of an epoch: it passes over a small set several times", "tuned", 1, 10_000
-    )
+    min_steps: int = option(5, "fewest steps in an epoch; small sets repeat", "tuned", 1, 10_000)
     batch: int = option(16, "images in a step", "our choice", 1, 10_000)
     lr: float = option(
-        0.003, "learning rate of SGD; 10 times as high for the heads on ImageNet weights; it falls "
-        "as (1 - n/N)^0.9 in an update", "tuned", 1e-9, 10,
-    )  # fmt: skip
+        0.003, "learning rate; 10 times as high for heads on ImageNet weights", "tuned", 1e-9, 10
+    )
     # sizes
     crop: int = option(257, "side of a training crop, 16n+1", "our choice", 17, 4097)
     size: int = option(500, "long side of photos when refining and segmenting", "VOC's", 17, 8192)
@@ -94,22 +91,19 @@ class Config:
     eps: float = option(refine.EPS, "eps of the guided filter", "tuned", 1e-9, 1e6)
     lo: float = option(refine.LO, "background where every map is below it", "tuned", 0, 1)
     hi: float = option(
-        refine.HI, "a class where its map reaches it; the last refine decides all pixels at "
-        "(lo + hi) / 2", "tuned", 0, 1,
-    )  # fmt: skip
+        refine.HI, "a class where its map reaches it; last refine: (lo + hi) / 2", "tuned", 0, 1
+    )
     object_bias: float = option(
         0.75, "advantage of objects over background in logits when segmenting", "tuned", -100, 100
     )
-    supervised: bool = option(False, "train on the true masks: the upper bound, for measuring only")
+    supervised: bool = option(False, "train on the true masks, to measure the upper bound")
     # machine
     seed: int = option(0, "of weights, order and augmentation", "", 0, 2**31)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    workers: int = option(
-        -1, "threads that read crops ahead; -1: none on a CPU, 4 with CUDA", "", -1, 1000
-    )
+    workers: int = option(-1, "threads that read ahead; -1: 4 with CUDA, else 0", "", -1, 1000)
 
 
-# The toy set's own defaults (our choice: solved in a minute on two cores)
+# The toy set's own defaults (our choice: trained in a minute on two cores)
 TOY = {"backbone": "tiny", "warmup": 15, "rounds": 2, "lr": 0.1, "crop": 97, "size": 97}
 TOY |= {"scale": (0.75, 1.25), "strength": (5.0, 5.0), "radius": 2, "eps": 1e-3}
 TOY |= {"lo": 0.45, "hi": 0.6, "object_bias": 0.0}
@@ -138,16 +132,16 @@ def train(run):
 
 
 def schedule(cfg, r):
-    """Return what refine r does its own way: (reads_head, strength, lo, hi).
+    """Return the settings of refine r: (reads_head, strength, lo, hi).
 
         refine           stage 1 reads              lambda            lo, hi
         1                CAM head                   --strength, 1st   --lo, --hi
         2 to rounds      segmentation head          --strength, 2nd   --lo, --hi
-        rounds + 1       segmentation head          --strength, 2nd   both in the middle
+        rounds + 1       segmentation head          --strength, 2nd   both (lo + hi) / 2
 
-    From round 2 on the segmentation head knows more than the CAM head. Its maps come from labels
-    that have been walked already, so the walk is weaker. The last refine decides every pixel: no
-    network is trained on its labels. Source: our choice (docs/CHOICES.md).
+    From round 2 on the segmentation head is better than the CAM head. It was trained on labels that
+    the walk has already spread, so lambda is lower. The last refine leaves no pixel undecided,
+    because no network is trained on its labels. Source: our choice (docs/CHOICES.md).
     """
     middle = (cfg.lo + cfg.hi) / 2
     lo, hi = (cfg.lo, cfg.hi) if r <= cfg.rounds else (middle, middle)
@@ -166,17 +160,17 @@ def epochs_before(cfg, r):
 def fit_cam(run):
     """Solve for the CAM head on ImageNet features: two ridge regressions of targets t on x.
 
-    The first has one sample per photo: x = mean_ij F_high, t = y. The second looks under the maps
-    M of the first, each divided by its maximum:
+    The first has one sample per photo: x = mean_ij F_high, t = y. The second averages features
+    under the maps M of the first, each divided by its maximum:
 
         x_k = sum_ij M_k F_high / sum_ij M_k,   t = one-hot k     for every tag k of a photo, and
         x_0 = the same with M_0 = 1 - min(1, sum_k M_k),   t = 0  for its background
 
-    so that sky, which surrounds birds as well, is pulled to 0 instead of to aeroplane. No layer is
-    trained: training on tags would make the backbone forget ImageNet's 1000 classes. The intercept
-    is dropped, because the head has no bias: s only ranks photos until L_cls turns it into logits
-    during the rounds. Ridge regression shrinks w, more so with few photos; one factor for all
-    classes makes <w_k, x_k> 1/2 on average where t is 1.
+    so that sky, which surrounds birds as well, is pulled to 0 instead of to aeroplane. The backbone
+    is not trained here: training it on tags would make it forget ImageNet's 1000 classes. The
+    intercept is dropped because the head has no bias; s only ranks photos until L_cls turns it into
+    logits during the rounds. Ridge regression shrinks w, more so with few photos, so w is rescaled
+    by one factor for all classes: then <w_k, x_k> is 1/2 on average where t is 1.
     Source: our choice, measured in docs/CHOICES.md. Does nothing without ImageNet weights.
     """
     finished = any(m["what"] in ("fit", "from") for m in run.metrics)
@@ -194,14 +188,15 @@ def fit_cam(run):
             samples[i] = x.cpu(), t.cpu()
         samples = {i: pair for part in all_gather(samples) for i, pair in part.items()}
         x, t = map(torch.cat, zip(*(samples[i] for i in sorted(samples))))
-        # the regression, then its scale
+        # the regression, then one scale for all classes
         w = ridge(x, t, penalty)
         score = (t * (x @ w.T)).sum() / t.sum().clamp_min(1)  # mean of <w_k, x_k> where t is 1
         w = w / (2 * score if score > 1e-4 else 1)
         run.net.cam.weight[:, :, 0, 0] = w.to(run.net.cam.weight)
     run.log("fit", round=0)
     run.save()
-    # A refine takes 2.4 and a crop 1.3 times as long as a photo here (lite0 on a CPU, measured).
+    # Refining a photo takes 2.4 times and training on a crop 1.3 times as long as one photo took in
+    # each of the two passes above (measured with lite0 on a CPU).
     photos = 2.4 * (run.cfg.rounds + 3) * n + 1.3 * run.cfg.batch * steps_left(run)
     minutes = photos * (time.monotonic() - start) / (2 * n) / 60
     print_line(f"about {minutes:.0f} minutes left")
@@ -226,14 +221,14 @@ def ridge(x, t, penalty):
 
         sum_n |t_n - mean t - w z_n|^2 + penalty * mean_n |z_n|^2 * |w|^2
 
-    z are the features minus their mean, each channel divided by its standard deviation; w is then
-    expressed for x. x (n,C), t (n,K) float32.
+    z are the features minus their mean, each channel divided by its standard deviation; w is
+    converted back to the scale of x. x (n,C), t (n,K) float32.
     Source: Hoerl & Kennard 1970; its use here is our choice.
     """
     deviation = x.std(0, correction=0) + 1e-6
     z = ((x - x.mean(0)) / deviation).double()  # (n,C)
     G = z.T @ z  # (C,C)
-    G.diagonal().add_((penalty * G.trace() / len(x)).clamp_min(1e-9))  # positive if all x are equal
+    G.diagonal().add_((penalty * G.trace() / len(x)).clamp_min(1e-9))  # > 0 even if all x are equal
     w = torch.linalg.solve(G, z.T @ (t - t.mean(0)).double()).T  # (K,C)
     return w.to(x.dtype) / deviation
 
@@ -263,7 +258,7 @@ def label_image(net, image, tags, cfg, r):
 def refine_labels(run, r):
     """Write the labels of refine r, a palette PNG for each training photo.
 
-    Labels that an interrupted refine has written are kept; corrected photos keep their mask.
+    Labels written by an interrupted refine are kept; the corrected masks are used as they are.
     """
     cfg = run.cfg
     if cfg.supervised or run.epoch > epochs_before(cfg, r):
@@ -284,7 +279,7 @@ def refine_labels(run, r):
 
 
 def make_label(run, i, r):
-    """Return the label (H,W) uint8 of training photo i in refine r; the last has no specks."""
+    """Return the label (H,W) uint8 of training photo i in refine r; the last removes specks."""
     if i in run.corrected:
         return data.read_mask(run.corrected[i], len(run.train_set.class_names))
     image = read_image(run.train_set.image_paths[i])
@@ -298,8 +293,8 @@ def warn_of_lost_classes(run, r, share):
     lost = [name for name, x, n in zip(run.net.label_names, share, tagged) if n and x < 1e-4]
     lost += ["anything but background"] if share[0] > 0.99 else []
     if lost and rank_and_world_size()[0] == 0:
-        data.warn(f"refine {r} labels almost no pixel as {', '.join(lost)}: look at panels/ and "
-                  "try another --lo and --hi, or more photos")  # fmt: skip
+        advice = "look at panels/ and try another --lo and --hi, or more photos"
+        data.warn(f"refine {r} labels almost no pixel as {', '.join(lost)}: {advice}")
 
 
 # ---- update: labels fixed, network changes -------------------------------------------------------
@@ -316,15 +311,15 @@ def losses(net, x, y, labels):
     fourth pixel: the stride-4 grid, which shares its corners with the image.
     Source: abstract, sentence 8; the two losses and their plain sum are our choice.
 
-    Where gradients flow (to what each loss reads; F_high is computed by the layers below it):
+    Where gradients flow (through everything that each loss reads):
 
                         CAM head w   seg head   F_mid   F_high   frozen layers   labels, maps
         L_cls           yes          no         no      yes      no              no
         L_seg           no           yes        yes*    yes      no              no
         refine_labels   no           no         no      no       no              no
 
-    * With lite0's ImageNet weights F_mid comes from frozen layers, so that F_mid and the affinity
-    graph never change.
+    * With lite0's ImageNet weights F_mid comes from frozen layers, so F_mid and the affinity graph
+    never change.
     """
     with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):  # float32 on a CPU
         _, s, Z, _ = net(x)
@@ -339,7 +334,7 @@ def losses(net, x, y, labels):
 def update(run, r):
     """Minimise L_cls + L_seg on the labels of round r for `epochs` epochs (r = 0: the warm-up).
 
-    SGD with momentum; step n of the update's N has the rate lr (1 - n/N)^0.9.
+    SGD with momentum; step n of the N steps of an update has the learning rate lr (1 - n/N)^0.9.
     """
     cfg = run.cfg
     first = epochs_before(cfg, r)
@@ -354,10 +349,10 @@ def update(run, r):
         parts = epoch_parts(run, epoch)
         start = time.monotonic()
         sums = torch.zeros(2)
-        shown = {}  # in the progress line
+        shown = {}  # losses in the progress line
         batches = read_batches(run, r, epoch, parts)
-        for step, batch in enumerate(progress(f"round {r} epoch {epoch}", batches, shown,
-                                              len(parts))):  # fmt: skip
+        batches = progress(f"round {r} epoch {epoch}", batches, shown, len(parts))
+        for step, batch in enumerate(batches):
             n = (epoch - first) * len(parts) + step
             decay = (1 - n / ((end - first) * len(parts))) ** 0.9
             L = update_step(run, net, batch, decay, f"epoch {epoch} step {step}")
@@ -368,8 +363,9 @@ def update(run, r):
         mean = (all_sum(sums) / len(parts) / rank_and_world_size()[1]).tolist()
         images = len(parts) * batch_size(run)
         rate = images / max(time.monotonic() - start, 1e-9)
-        run.log("update", round=r, L_cls=mean[0], L_seg=mean[1], lr=cfg.lr * decay,
-                images_per_s=rate)  # fmt: skip
+        run.log(
+            "update", round=r, L_cls=mean[0], L_seg=mean[1], lr=cfg.lr * decay, images_per_s=rate
+        )
         run.save()
     deterministic(False)
 
@@ -388,7 +384,7 @@ def update_step(run, net, batch, decay, where):
     if not L.isfinite().all():
         images = " ".join(run.train_set.ids[i] for i in index)
         problem = f"has a loss that is not finite at {where} ({L.tolist()}, images {images})"
-        remedy = f"Start a new run with a lower --lr. {run.folder / 'checkpoint.pt'} is from before"
+        remedy = f"Start a new run with a lower --lr. {run.folder / 'checkpoint.pt'} is still good"
         raise InputError(run.folder, problem, remedy, "loss")
     run.optimizer.zero_grad()
     (L_cls + L_seg).backward()
@@ -410,8 +406,8 @@ def steps_left(run):
 def epoch_parts(run, epoch):
     """Return the sample indices of each of this process's batches in an epoch.
 
-    The order depends on seed and epoch only. A small set is passed over several times, in a new
-    order each. Raises InputError if a batch cannot be divided among the processes.
+    The order depends on seed and epoch only. A small set is passed over several times, each time in
+    a new order. Raises InputError if a batch cannot be divided among the processes.
     """
     n = len(run.train_set.ids)
     batch = batch_size(run)
@@ -428,13 +424,13 @@ def epoch_parts(run, epoch):
 
 
 def read_batches(run, r, epoch, parts):
-    """Yield the batches of an epoch (x, y, labels, index); threads read the next ones meanwhile."""
+    """Yield the batches of an epoch (x, y, labels, index) while threads read the next ones."""
     cfg = run.cfg
     paths = run.train_set.mask_paths
     if not cfg.supervised:
         paths = [run.label_path(i, r) for i in range(len(run.train_set.ids))]
-    crops = data.Crops(run.train_set, cfg.crop, cfg.size, cfg.scale, cfg.seed, epoch,
-                       paths if r else None)  # fmt: skip
+    paths = paths if r else None  # the warm-up has no labels
+    crops = data.Crops(run.train_set, cfg.crop, cfg.size, cfg.scale, cfg.seed, epoch, paths)
 
     def read(part):
         return torch.utils.data.default_collate([crops[n] for n in part])
@@ -454,17 +450,17 @@ def read_batches(run, r, epoch, parts):
 
 
 def deterministic(wanted):
-    """On CUDA, sum gradients of bilinear interpolation in a fixed order, so that runs repeat."""
+    """On CUDA, sum gradients in a fixed order, so that a run can be repeated to the bit."""
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(wanted, warn_only=True)
-        warnings.filterwarnings("ignore", "nll_loss2d_forward")  # only printed, never summed
+        warnings.filterwarnings("ignore", "nll_loss2d_forward")  # affects the printed loss alone
 
 
 # ---- scores and pictures -------------------------------------------------------------------------
 
 
 def run_all(run):
-    """Train, write the masks and score: everything that `python train.py` does with a run."""
+    """Train, write the masks and score: all that `python train.py` does with a run."""
     train(run)
     write_masks(run)
     evaluate(run)
@@ -473,8 +469,8 @@ def run_all(run):
 def snapshot(run, r):
     """After the update of round r, save the network, draw panels and score the head on val.
 
-    model.pt (warmup.pt for r = 0) is the network; panels/roundR.png shows the same few images every
-    round, as the next refine would label them.
+    The network is saved as model.pt (warmup.pt for r = 0). panels/roundR.png shows the same few
+    images every round, as the next refine would label them.
     """
     if run.epoch != epochs_before(run.cfg, r + 1):
         return
@@ -519,7 +515,7 @@ def stage_panel(run, photos, i, r):
 def write_masks(run):
     """Write the labels of the last refine: RUN/masks, RUN/overlays, areas.csv and classes.txt.
 
-    areas.csv has rows of photo, class and share of its pixels; classes.txt of index, name, colour.
+    Rows of areas.csv: photo, class, share of its pixels; lines of classes.txt: index, name, colour.
     """
     if rank_and_world_size()[0]:
         return
@@ -557,9 +553,9 @@ def score_stages(run):
     """Return summaries over the training photos that have masks and were not corrected.
 
     "train cam", "train affinity", "train self_guided": the maps that round 1 refines (of the
-    network after the warm-up), cut at (lo + hi) / 2. "labels roundR" and "last labels": the pseudo
-    labels, where they are decided; `decided` is the share of pixels. Photos whose mask cannot be
-    used are left out and named.
+    network after the warm-up), thresholded at (lo + hi) / 2. "labels roundR" and "last labels": the
+    pseudo labels on decided pixels only; `decided` is their share. Photos whose mask cannot be used
+    are left out, with a warning.
     """
     photos = run.train_set
     have = [i for i, path in enumerate(photos.mask_paths) if path and i not in run.corrected]
@@ -575,7 +571,8 @@ def score_stages(run):
         except InputError as problem:
             left_out.append(str(problem))
             continue
-        contradicting += [photos.ids[i]] * photos.contradicts(i, truth)
+        if photos.contradicts(i, truth):
+            contradicting.append(photos.ids[i])
         pixels += int((truth != IGNORE).sum())
         for name, label in stage_labels(run, net, image, i).items():
             decided = np.where(label == IGNORE, IGNORE, truth)
@@ -608,7 +605,7 @@ def stage_labels(run, net, image, i):
 
 
 def summarise(run, C, pixels):
-    """Return {row: summary} of the confusion matrices of all processes, and the share decided."""
+    """Return {row: summary} of the confusion matrices C {row: matrix} of all processes."""
     parts = all_gather(C)
     rows = {}
     for name in dict.fromkeys(name for part in parts for name in part):
@@ -652,8 +649,8 @@ def print_scores(rows, label_names):
     if not rows:
         print_line("no masks, no scores")
         return
-    print_line("\nIoU in %. train: maps of round 1, cut at (lo + hi) / 2. labels: decided pixels "
-               "only (their share: decided).")  # fmt: skip
+    print_line("\nIoU in %. train: maps of round 1, thresholded at (lo + hi) / 2.")
+    print_line("labels: on decided pixels only; the column decided is their share.")
     print_line(f"{'':18}  mIoU  decided " + " ".join(f"{name[:5]:>5}" for name in label_names))
     for name, s in rows.items():
         values = [s["miou"], s["decided"], *(s["iou"].get(k) for k in label_names)]
@@ -661,25 +658,29 @@ def print_scores(rows, label_names):
         print_line(f"{name:18} {texts[0]}    {' '.join(texts[1:])}")
 
 
+def set_options(net, given, scales):
+    """Return a trained network that segments with the options given on the command line."""
+    net.scales = scales
+    net.size = given.get("size", net.size)
+    net.object_bias = given.get("object_bias", net.object_bias)
+    return net
+
+
 def evaluate_split(folder, given, split, scales):
     """Score a trained network on a split of any devkit with its classes; print, write the scores.
 
     The file is RUN/results_DEVKIT_SPLIT_SETTINGS.json. Raises InputError.
     """
-    net = SGSeg.load(folder, check(Config(**given)).device)
-    net.scales = scales
-    net.size = given.get("size", net.size)
-    net.object_bias = given.get("object_bias", net.object_bias)
+    net = set_options(SGSeg.load(folder, check(Config(**given)).device), given, scales)
     photos = data.VOC(given["voc"], split)
     if photos.class_names != net.label_names[1:]:
-        raise InputError(photos.root, "has other classes than the network",
-                         "Give a devkit of the same classes", "classes")  # fmt: skip
-    if not any(photos.mask_paths):
-        raise InputError(photos.root, f"has no masks for {split}", "Add SegmentationClass", "masks")
+        problem = "has other classes than the network"
+        raise InputError(photos.root, problem, "Give a devkit of the same classes", "classes")
+    if not all(photos.mask_paths):
+        problem = f"lacks masks for {split}"
+        raise InputError(photos.root, problem, "Add them to SegmentationClass", "masks")
     photos.scan(masks=True)
     score = validate(net, photos)
-    if score is None:
-        raise InputError(photos.root, f"lacks masks for {split}", "Add them all", "masks")
     print_scores({split: score}, net.label_names)
     name = f"results_{Path(given['voc']).name}_{split}_{settings_name(net)}.json"
     write(Path(folder) / name, json.dumps({split: score}, indent=1))
@@ -689,14 +690,13 @@ def evaluate_split(folder, given, split, scales):
 def segment_photos(folder, photos, given, scales):
     """Write masks and overlays of photos, and of the photos in folders, to RUN/segmented.
 
-    NAME.png holds palette indices; areas.csv a row for each photo and class. Photos that cannot be
-    read are passed over and named at the end. Raises InputError.
+    NAME.png holds palette indices, areas.csv a row for each photo and class. Photos that cannot be
+    read are skipped; one InputError names them at the end.
     """
     if rank_and_world_size()[1] > 1:
-        raise InputError("--segment", "runs in one process", "Leave torchrun out", "processes")
-    net = SGSeg.load(folder, check(Config(**given)).device)
-    net.object_bias = given.get("object_bias", net.object_bias)
-    net.scales = scales
+        problem = "runs in one process only"
+        raise InputError("--segment", problem, "Start it without torchrun", "processes")
+    net = set_options(SGSeg.load(folder, check(Config(**given)).device), given, scales)
     out = Path(folder) / "segmented"
     paths = []
     for photo in photos:
@@ -721,18 +721,16 @@ def segment_photos(folder, photos, given, scales):
             continue
         rows[path.name] = data.areas(label, net.label_names)
         texts = [f"{k} {share:.0%}" for k, share in rows[path.name].items() if k != "background"]
-        line = f"{path} -> {target}: {', '.join(texts) or 'background only'}"
-        print_line(data.printable(line))
+        shown = ", ".join(texts) or "background only"
+        print_line(data.printable(f"{path} -> {target}: {shown}"))
     write(out / "areas.csv", data.csv_bytes(merge_areas(out / "areas.csv", rows)))
     data.raise_all(problems, len(problems))
 
 
 def merge_areas(path, areas):
-    """Return the rows of areas.csv: those of other photos stay, those of `areas` are new."""
-    rows = []
-    if path.exists():
-        rows = [row for row in csv.reader(data.read_text(path).splitlines()[1:])
-                if row and row[0] not in areas]  # fmt: skip
+    """Return the rows of the file areas.csv, with those of the photos in `areas` replaced."""
+    rows = csv.reader(data.read_text(path).splitlines()[1:]) if path.exists() else []
+    rows = [row for row in rows if row and row[0] not in areas]
     new = [(photo, *area) for photo, shares in areas.items() for area in shares.items()]
     return [("photo", "class", "share"), *rows, *new]
 
@@ -791,12 +789,12 @@ def check_devices(device):
     gpus = torch.cuda.device_count()
     if processes > 1 and device != "cpu" and (device != "cuda" or processes > gpus):
         problem = f"cannot serve {processes} processes with {gpus} GPUs"
-        raise InputError(f"--device {device}", problem, "Use --device cpu, or fewer processes",
-                         "processes")  # fmt: skip
+        remedy = "Use --device cpu, or fewer processes"
+        raise InputError(f"--device {device}", problem, remedy, "processes")
 
 
 def runtime_problem(e):
-    """Return an InputError for torch's errors that a user can mend, None for all others."""
+    """Return an InputError for an error of torch that a user can fix, None for any other."""
     if dist.is_initialized() and re.search("gloo|NCCL|Connection (closed|reset)", str(e)):
         return InputError("another process", "has ended", "See its message, then --resume", "rank")
     if isinstance(e, MemoryError) or re.search("(allocate|out of) memory", str(e)):
@@ -812,8 +810,8 @@ def runtime_problem(e):
 class Run:
     """A run: its data and network, and how far it has got (`epoch`: finished epochs in all).
 
-    annotate: the function from a network to labels. Your own takes the arguments of `label_image`
-    and returns a tuple: three maps, or none, and the label (1,H,W) uint8. Maps appear in panels.
+    annotate: the function that labels a photo. Your own takes the arguments of `label_image` and
+    returns a tuple: three maps or none, then the label (1,H,W) uint8. Maps appear in the panels.
     """
 
     cfg: Config
@@ -846,7 +844,7 @@ class Run:
         write(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
 
     def log(self, what, **values):
-        """Print a row of numbers and keep it for metrics.jsonl; it replaces one of its kind."""
+        """Print a row of numbers and keep it for metrics.jsonl, replacing one of the same epoch."""
         row = {"what": what, "epoch": self.epoch, **values}
         kept = [m for m in self.metrics if (m["what"], m["epoch"]) != (what, self.epoch)]
         self.metrics = [*kept, row]
@@ -857,7 +855,7 @@ class Run:
         return self.folder / "pseudo" / f"round{r}" / f"{self.train_set.ids[i]}.png"
 
     def label(self, i, r):
-        """Return that label as (H,W) uint8. Raises InputError."""
+        """Return the label of training photo i in round r, (H,W) uint8. Raises InputError."""
         classes = len(self.train_set.class_names)
         return data.read_mask(self.label_path(i, r), classes, self.train_set.sizes[i])
 
@@ -875,7 +873,7 @@ def identity(run):
 
 
 def build(cfg, argv=(), initialize=True):
-    """Return a run at its beginning: data, network, optimizer. Raises InputError.
+    """Return a run with its data, network and optimizer, before any training. Raises InputError.
 
     initialize: load the ImageNet weights (a resumed run has its own).
     """
@@ -890,7 +888,7 @@ def build(cfg, argv=(), initialize=True):
 
 
 def open_data(cfg):
-    """Return the training set and the val set, or None without one. Reads lists, no photo yet."""
+    """Return the training set, and the val set or None. Reads the lists but no photo yet."""
     if cfg.photos:
         return data.Photos(cfg.photos), None
     root = cfg.voc or Path(cfg.out) / "toy"
@@ -907,7 +905,7 @@ def open_data(cfg):
 
 
 def scan_data(cfg, train_set, val_set):
-    """Read all photos, tags and the masks of val once, before training begins."""
+    """Read all photos, tags and the masks of val once, so that errors show before training."""
     train_set.scan(masks=cfg.supervised)
     if cfg.supervised and not all(train_set.mask_paths):
         problem = "lacks masks of training photos, which --supervised needs"
@@ -921,8 +919,8 @@ def build_network(cfg, class_names, initialize):
     torch.manual_seed(cfg.seed)
     if cfg.device.startswith("cuda:"):
         torch.cuda.set_device(cfg.device)
-    net = SGSeg(class_names, cfg.backbone, cfg.size, cfg.object_bias, cfg.radius, cfg.eps,
-                cfg.self_guided)  # fmt: skip
+    numbers = (cfg.size, cfg.object_bias, cfg.radius, cfg.eps, cfg.self_guided)
+    net = SGSeg(class_names, cfg.backbone, *numbers)
     if cfg.weights != "none":
         if initialize:
             load_imagenet(net.backbone, cfg.weights)
@@ -941,8 +939,10 @@ def build_optimizer(cfg, net):
 
 
 def read_corrected(folder, photos):
-    """Return {i: path} of the corrected masks FOLDER/ID.png. Raises InputError for a mask without
-    a photo, of another size, or with a class that its photo is not tagged with."""
+    """Return {i: path} of the corrected masks FOLDER/ID.png.
+
+    Raises InputError for a mask without a photo, of another size, or with an untagged class.
+    """
     folder = Path(folder)
     index = {data.nfc(name): i for i, name in enumerate(photos.ids)}
     corrected = {}
@@ -950,17 +950,16 @@ def read_corrected(folder, photos):
         i = index.get(data.nfc(path.relative_to(folder).with_suffix("").as_posix()))
         if i is None:
             raise InputError(path, "is not named like a training photo", "Rename it", "corrected")
-        shown = np.unique(data.read_mask(path, len(photos.class_names), photos.sizes[i]))
-        foreign = [photos.class_names[k - 1] for k in shown
-                   if 0 < k < IGNORE and not photos.tags[i, k - 1]]  # fmt: skip
-        if foreign:
-            problem = f"shows {foreign[0]}, which its photo is not tagged with"
-            raise InputError(path, problem, "Add the tag, or remove it from the mask", "corrected")
+        for k in np.unique(data.read_mask(path, len(photos.class_names), photos.sizes[i])):
+            if 0 < k < IGNORE and not photos.tags[i, k - 1]:
+                problem = f"shows {photos.class_names[k - 1]}, which its photo is not tagged with"
+                remedy = "Add the tag, or remove it from the mask"
+                raise InputError(path, problem, remedy, "corrected")
         corrected[i] = path
     if not corrected:
         raise InputError(folder, "holds no mask NAME.png", "Correct --corrected", "corrected")
-    print_line(f"corrected labels: {len(corrected)}: "
-               f"{' '.join(photos.ids[i] for i in corrected)}")  # fmt: skip
+    names = " ".join(photos.ids[i] for i in corrected)
+    print_line(f"corrected labels: {len(corrected)}: {names}")
     return corrected
 
 
@@ -975,9 +974,8 @@ def new_run(cfg, argv=()):
     lock = lock_folder(folder)
     run = build(cfg, argv)
     run.lock = lock
-    n = len(run.train_set.ids)
-    print_line(f"{n} photos, {len(run.train_set.class_names)} classes, {cfg.rounds} rounds, "
-               f"{steps_left(run)} steps on {cfg.device}")  # fmt: skip
+    size = f"{len(run.train_set.ids)} photos, {len(run.train_set.class_names)} classes"
+    print_line(f"{size}, {cfg.rounds} rounds, {steps_left(run)} steps on {cfg.device}")
     run.save()
     return run
 
@@ -993,22 +991,23 @@ def load_run(folder, given=None, lock=True):
     state = data.load(path)
     with as_input_error(path, "is not a checkpoint of this version", "Start a new --out", "model"):
         own = {f.name: state["config"][f.name] for f in fields(Config)}
-        # the same kind of device computes the same bits
+        # results repeat to the bit on the same kind of device only
         device = {"device": "cpu" if own["device"] == "cpu" else "auto"}
         cfg = check(Config(**own | device | given | {"out": str(folder)}))
         saved = {what: state["data"][what] for what in ("classes", "ids", "tags", "corrected")}
-        differing = [name for name in set(given) - set(FREE) if getattr(cfg, name) != own[name]]
-        if differing:
-            name = differing[0]
-            problem = f"was started with --{name.replace('_', '-')} {own[name]}, not {given[name]}"
-            remedy = "Leave the option out, or start a new --out"
-            raise InputError(folder, problem, remedy, "option")
+        for name in given:
+            if name not in FREE and getattr(cfg, name) != own[name]:
+                problem = (
+                    f"was started with --{name.replace('_', '-')} {own[name]}, not {given[name]}"
+                )
+                remedy = "Leave the option out, or start a new --out"
+                raise InputError(folder, problem, remedy, "option")
     held = lock_folder(Path(folder)) if lock else None
     run = build(cfg, initialize=False)
     run.lock = held
     for what, value in identity(run).items():
         if value != saved[what]:
-            problem = f"has other {what} than when {folder} was started"
+            problem = f"has different {what} than when {folder} was started"
             remedy = "Restore them, or start a new --out"
             raise InputError(run.train_set.root, problem, remedy, what)
     with as_input_error(path, "is not a checkpoint of this version", "Start a new --out", "model"):
@@ -1036,12 +1035,13 @@ def lock_folder(folder):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         if e.errno in (errno.EACCES, errno.EAGAIN):
-            raise InputError(folder, "is in use by another run", "Wait for it", "lock") from None
+            remedy = "Wait until it has ended"
+            raise InputError(folder, "is in use by another run", remedy, "lock") from None
         data.warn(f"{folder} cannot be locked ({e.strerror}): start only one run in it")
     for leftover in list(folder.rglob(".sgseg-*.tmp")):  # of a run that was killed
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
-        elif leftover.parent.name != "segmented":  # --segment takes no lock
+        elif leftover.parent.name != "segmented":  # --segment may be writing it: it takes no lock
             leftover.unlink()
     return file
 
@@ -1087,8 +1087,8 @@ def check(cfg):
     if cfg.weights == "auto" and BACKBONES[cfg.backbone].imagenet is None:
         cfg.weights = "none"
     if cfg.weights == "none" and cfg.warmup < 1:
-        fail("warmup", cfg.warmup, "Without ImageNet weights the warm-up trains the CAM head: "
-             "give --warmup 15, and for example --lr 0.1")  # fmt: skip
+        remedy = "Without ImageNet weights the warm-up trains the CAM head: give --warmup 15"
+        fail("warmup", cfg.warmup, f"{remedy} and, for example, --lr 0.1")
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices = ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count())), "cpu"]
@@ -1126,8 +1126,8 @@ def make_parser():
             kind = {"action": argparse.BooleanOptionalAction}
         if f.type is tuple:
             kind = {"type": float, "nargs": 2, "metavar": "FLOAT"}
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, **kind,
-                            help=f"{about['help']}{source}{default}")  # fmt: skip
+        kind["help"] = f"{about['help']}{source}{default}"
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, **kind)
     return parser
 
 
@@ -1149,11 +1149,11 @@ def parse(argv):
     if job.split != "val" and not (job.eval and "voc" in given):
         parser.error("--split belongs to --eval RUN --voc PATH")
     if job.eval and "out" in given:
-        parser.error("--eval RUN already names the run: leave --out out")
+        parser.error("--eval RUN already names the run: do not give --out")
     allowed = {"device", "object_bias"} | ({"out"} if job.segment else {"voc", "size"})
     useless = set(given) - allowed
     if (job.segment or job.eval) and useless:
-        parser.error(f"--{useless.pop().replace('_', '-')} has no effect here: leave it out")
+        parser.error(f"--{useless.pop().replace('_', '-')} has no effect with --eval or --segment")
     return job, given
 
 
@@ -1169,9 +1169,7 @@ def run_job(argv):
         return evaluate_split(job.eval, given, job.split, scales)
     if job.eval:
         run = load_run(job.eval, {k: v for k, v in given.items() if k in FREE}, lock=False)
-        run.net.scales = scales
-        run.net.size = given.get("size", run.net.size)
-        run.net.object_bias = given.get("object_bias", run.net.object_bias)
+        set_options(run.net, given, scales)
         return evaluate(run)
     kind = next((name for name in ("photos", "voc") if name in given), "toy")
     folder = Path(given.get("out") or f"runs/{kind}")
@@ -1193,7 +1191,7 @@ def find_run(out):
     if len(runs) == 1:
         return runs[0]
     problem = f"is needed: runs/ holds {' '.join(runs) or 'no run with a model.pt'}"
-    raise InputError("--out RUN", problem, "Name the run that is to segment", "missing")
+    raise InputError("--out RUN", problem, "Name the run whose network is to be used", "missing")
 
 
 def main(argv=None):
@@ -1209,11 +1207,11 @@ def main(argv=None):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for `deterministic`
     status = data.run_command("sgseg", command, argv)
     if status == 130:
-        print_line("Continue a training run with --resume; at most one epoch is repeated.",
-                   stream=sys.stderr)  # fmt: skip
+        hint = "Continue a training run with --resume; at most one epoch is repeated."
+        print_line(hint, stream=sys.stderr)
     return status
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopping a container is a Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as for Ctrl-C
     sys.exit(main())
