@@ -40,6 +40,7 @@ VOC_CLASSES = (
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # JPEG includes the MPO files of phones
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 UNREADABLE = (".heic", ".heif", ".avif", ".gif", ".jp2", ".dng", ".cr2", ".nef", ".svg", "")
+FLAG = r"|\d+(\.0*)?|true|false|yes|no|y|n|x"  # cells of a column for a class, in a table of tags
 MOST_PIXELS = 64_000_000  # in a photo
 
 
@@ -316,21 +317,25 @@ def tags_of_table(path):
         header = rows.pop(0)[1]
         photos.pop(0)
     cells = [cell.strip().lower() for _, row in rows for cell in row[1:]]
-    columns = header and all(re.fullmatch(r"|\d+(\.0*)?|true|false|yes|no|x", c) for c in cells)
+    columns = header and all(re.fullmatch(FLAG, cell) for cell in cells)
+    if columns and len(set(header[1:])) < len(header[1:]):
+        raise InputError(path, "has two columns of one name", "Rename or remove one", "tags")
     found = {}
     for photo, (number, row) in zip(photos, rows):
         if photo is None:
             problem = f"row {number} names {row[0]!r}, which is not a file below {folder}"
             raise InputError(path, problem, "Correct the name", "missing")
         if columns:
-            no = re.compile(r"|0+(\.0*)?|false|no", re.IGNORECASE)
+            no = re.compile(r"|0+(\.0*)?|false|no?", re.IGNORECASE)
             tags = [name for name, cell in zip(header[1:], row[1:]) if not no.fullmatch(cell)]
         else:
             tags = [tag for cell in row[1:] for tag in re.split("[,;|]", cell) if tag.strip()]
         tags = {nfc(tag.strip()) for tag in tags}
         for tag in sorted(tags):
-            if not re.match(r"[^\W\d]", tag) or re.search(r"[\[\]{}()<>=\"]", tag):
-                remedy = "Write class names, or a header with a column for each class"
+            flag = re.fullmatch(FLAG, tag.lower()) or tag.lower() in ("none", "null", "nan")
+            if flag or not re.match(r"[^\W\d]", tag) or re.search(r"[\[\]{}()<>=\"]", tag):
+                remedy = "Write class names (no tag: an empty cell), or a header with a column for "
+                remedy += "each class and only yes or no, 1 or 0 below it"
                 raise InputError(path, f"row {number} has {tag!r} as a tag", remedy, "tags")
         found.setdefault(photo, set()).update(tags)
     refuse_lists_in_names(path, set().union(*found.values()))
