@@ -210,7 +210,7 @@ class Photos(VOC):
     def __init__(self, path):
         self.root = Path(os.path.abspath(path))
         if not self.root.is_dir():
-            raise InputError(path, "does not exist", "Give the folder of your photos", "missing")
+            raise InputError(path, "is not a folder", "Give the folder of your photos", "missing")
         if devkit_in(path):
             raise InputError(path, "is a VOC devkit", "Use --voc in place of --photos", "devkit")
         table = self.root / "tags.csv"

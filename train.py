@@ -949,7 +949,8 @@ def read_corrected(folder, photos):
     for path in sorted(folder.rglob("*.png")):
         i = index.get(data.nfc(path.relative_to(folder).with_suffix("").as_posix()))
         if i is None:
-            raise InputError(path, "is not named like a training photo", "Rename it", "corrected")
+            remedy = f"Name it as in masks/, with its subfolder, for example {photos.ids[0]}.png"
+            raise InputError(path, "is not named like a training photo", remedy, "corrected")
         for k in np.unique(data.read_mask(path, len(photos.class_names), photos.sizes[i])):
             if 0 < k < IGNORE and not photos.tags[i, k - 1]:
                 problem = f"shows {photos.class_names[k - 1]}, which its photo is not tagged with"
@@ -1072,7 +1073,8 @@ def check(cfg):
         value = getattr(cfg, f.name)
         if not isinstance(value, (int, float) if f.type is float else f.type):  # in a checkpoint
             fail(f.name, value, f"Give a value of type {f.type.__name__}")
-        low, high = f.metadata["low"], f.metadata["high"]
+        low = f.metadata["low"]
+        high = f.metadata["high"]
         numbers = value if isinstance(value, tuple) else (value,)
         if not isinstance(value, str) and not all(low <= x <= high for x in numbers):
             fail(f.name, value, f"Give a value from {low:g} to {high:g}")
