@@ -7,7 +7,7 @@ VOC subsets and then fixed (docs/CHOICES.md). `four_stages` runs all of them in 
 
     upsample            the scores S to the grid of F_mid
     1 localization_maps M_k = relu(S_k) / max relu(S_k)            where is each class, roughly?
-                        (or min(1, relu(S_k)) with the CAM head that train.fit_cam solves for)
+                        (min(1, relu(S_k)) on ImageNet features, where train.fit_cam gives a scale)
     2 affinity_guided   M <- (M0 + lambda T M) / (1 + lambda)      spread where F_mid is similar
       stretch           M_k <- M_k / max(max M_k, floor)           the walk lowers the peaks
     3 self_guided       q_i = a_i . I_i + b_i                      follow the image's own edges
@@ -16,8 +16,8 @@ VOC subsets and then fixed (docs/CHOICES.md). `four_stages` runs all of them in 
 Symbols: B images; K classes, of which P are tagged (`tagged` holds their indices); (h,w) the size
 of a feature grid, (H,W) of the image; i, j pixels of one grid; k a class; S scores of the CAM head,
 Z logits of the segmentation head, M localization maps, I the image, F_mid intermediate features.
-Every function takes and returns batched tensors and knows no file, network or option. All results
-except the label are differentiable.
+The stages take and return batched tensors and know no file, network or option; `tagged` holds for
+the whole batch. All results except the label are differentiable.
 """
 
 import torch
@@ -41,10 +41,11 @@ EPS = 1e-5  # regularisation of the guided filter (tuned)
 def localization_maps(scores, tagged, unit=None):
     """Stage 1. Return M_k = relu(S_k) / max relu(S_k) for every tagged class k.
 
-    With `unit` the scores have a scale of their own and M_k = min(1, relu(S_k) / unit).
+    If the scores have a scale of their own, pass the score that counts as 1 as `unit`: then
+    M_k = min(1, relu(S_k) / unit).
 
     scores (B,K,h,w): the CAM scores S. tagged (P,): indices of the tagged classes.
-    unit: the score that counts as 1 (the fitted CAM head: 1), or None for each map's maximum.
+    unit: a positive score (1 for the CAM head of `train.fit_cam`), or None.
     Returns (B,P,h,w) in [0,1]; a map without a positive score stays 0.
     Raises ValueError unless `tagged` holds distinct indices below K and unit > 0.
     Source: abstract, sentence 5; class activation mapping (Zhou et al. 2016). `unit` is our choice.
@@ -63,8 +64,8 @@ def localization_maps(scores, tagged, unit=None):
 def head_maps(logits, tagged, soften=2.0):
     """Stage 1 from round 2 on. Return softmax(Z / soften)_k over background and tagged classes.
 
-    The segmentation head was trained on the labels of all photos and has averaged over their
-    errors, so its maps are better than the CAM head's. Dividing by `soften` counteracts its
+    The segmentation head was trained on the labels of all photos. Their errors partly cancel, so
+    its maps are better than the CAM head's. Dividing by `soften` counteracts its
     over-confidence.
 
     logits (B,K+1,h,w): Z, background first. tagged (P,): indices of the tagged classes.
@@ -119,8 +120,8 @@ def affinity_guided(
     """Stage 2. Return the maps after `walk_steps` of M <- (M0 + lambda T M) / (1 + lambda).
 
     T = D^-1 A holds the affinities divided by their row sums d_i, and the walk starts at M0 = maps.
-    This is a random walk over similar pixels that is pulled back to the localization map at every
-    step. Every step reduces the distance to the minimiser of the energy
+    This is a random walk over similar pixels; each step mixes in a share 1 / (1 + lambda) of the
+    localization map. Every step reduces the distance to the minimiser of the energy
 
         E(M) = sum_i d_i (M_i - M0_i)^2 + lambda sum_ij A_ij (M_i - M_j)^2 / 2,     d_i = sum_j A_ij
 
@@ -166,8 +167,8 @@ def self_guided(maps, image, radius=RADIUS, eps=EPS):
 
     In every window of the maps' grid the map is fitted as an affine function of the image's
     colours (`guided_coefficients`, on the image averaged down to that grid). Only the coefficients
-    a, b are upsampled; they are then applied to the colours I_i of the full image, so every edge of
-    q is an edge of the image (Fast Guided Filter, He & Sun 2015).
+    a, b are upsampled; they are then applied to the colours I_i of the full image. Every sharp edge
+    of q is therefore an edge of the image (Fast Guided Filter, He & Sun 2015).
 
     maps (B,P,h,w) in [0,1]; image (B,3,H,W) in [0,1]; radius in cells of the maps' grid.
     Returns (B,P,H,W) in [0,1]; a map of zeros stays 0. Raises ValueError as `guided_coefficients`.
@@ -244,7 +245,7 @@ def four_stages(scores, features, image, tagged, stages=STAGES, lo=LO, hi=HI, fl
 
 
 def stretch(maps, floor):
-    """Return M_k / max(max M_k, floor): maps with a maximum of 1, multiplied by at most 1 / floor.
+    """Return M_k / max(max M_k, floor): maps scaled to a maximum of 1, by at most 1 / floor.
 
     Without that limit the weak map of a wrong tag would be amplified until it fills the picture.
 
