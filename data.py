@@ -7,6 +7,7 @@ folder of tagged photos. SegmentationClass and SegmentationClassAug are opened f
 `--supervised`, the upper bound. A file classes.txt, one name per line, replaces VOC's classes.
 """
 
+import argparse
 import csv
 import errno
 import hashlib
@@ -232,10 +233,18 @@ class Photos(VOC):
         if repeated:
             problem = f"holds two photos that differ only in their ending: {repeated[0]}"
             raise InputError(path, problem, "Rename one", "names")
-        below = self.root / "masks"
-        masks = {p.relative_to(below).with_suffix(""): p for p in below.rglob("*.png")}
+        self.mask_paths = self._find_masks()
+
+    def _find_masks(self):
+        """Return the path of each photo's mask, or None; warn of masks that belong to no photo."""
+        folder = self.root / "masks"
+        masks = {p.relative_to(folder).with_suffix(""): p for p in sorted(folder.rglob("*.png"))}
         masks = {nfc(name.as_posix()): p for name, p in masks.items()}
-        self.mask_paths = [masks.get(nfc(name)) for name in self.ids]
+        found = [masks.pop(nfc(name), None) for name in self.ids]
+        if masks:
+            first = next(iter(masks.values()))
+            warn(f"{folder} holds {len(masks)} masks that are not named like a photo: {first}")
+        return found
 
     def has(self, split):
         """Return False: a folder of photos has no lists."""
@@ -279,21 +288,22 @@ def tags_of_folders(root):
 def refuse_masks_beside_photos(photos):
     """Raise InputError if pictures among the photos look like the masks of others.
 
-    For example x_mask.png beside x.jpg, or a folder that holds only palette or grey PNG files which
-    are named like photos in other folders.
+    For example x_mask.png or a palette file x.png beside x.jpg, or a folder that holds only palette
+    or grey PNG files which are named like photos in other folders.
     """
     stems = Counter(path.stem for path in photos)
-    names = {path.with_suffix("") for path in photos}
+    names = Counter(path.with_suffix("") for path in photos)
     by_folder = {}
     for path in photos:
         by_folder.setdefault(path.parent, []).append(path)
         base = re.sub(r"_(mask|masks|label|labels|gt|seg|segmentation|overlay)$", "", path.stem)
-        if base != path.stem and path.parent / base in names:
+        same = names[path.with_suffix("")] > 1 and path.suffix == ".png"
+        if base != path.stem and path.parent / base in names or same and is_indexed(path):
             problem = "looks like a mask of the photo beside it"
             raise InputError(path, problem, "Move masks to DIR/masks, or elsewhere", "mask")
     for folder, paths in by_folder.items():
         same = all(path.suffix == ".png" and stems[path.stem] > 1 for path in paths)
-        if same and all(mode_of(path) in ("P", "L", "1") for path in paths):
+        if same and all(map(is_indexed, paths)):
             problem = "looks like a folder of masks: its PNG files are named like photos elsewhere"
             raise InputError(folder, problem, "Move masks to DIR/masks, or elsewhere", "mask")
 
@@ -323,7 +333,7 @@ def tags_of_table(path):
     found = {}
     for photo, (number, row) in zip(photos, rows):
         if photo is None:
-            problem = f"row {number} names {row[0]!r}, which is not a file below {folder}"
+            problem = f'row {number} names "{row[0]}", which is not a file below {folder}'
             raise InputError(path, problem, "Correct the name", "missing")
         if columns:
             no = re.compile(r"|0+(\.0*)?|false|no?", re.IGNORECASE)
@@ -388,8 +398,7 @@ def warn_of_unused(root, used):
     others = [p for p in sorted(root.rglob("[!.]*")) if p.is_file() and p not in used]
     if others:
         endings = count_endings(Counter(p.suffix.lower() for p in others))
-        first = others[0].relative_to(root)
-        warn(f"{root} holds {len(others)} files that are not used: {endings}; the first is {first}")
+        warn(f"files in {root} that are not used: {endings}; the first is {others[0].name}")
 
 
 def count_endings(counts):
@@ -541,13 +550,13 @@ def to_rgb(image, name):
     return image
 
 
-def mode_of(path):
-    """Return the Pillow mode of a picture ("P", "L", "RGB", ...), "" if it cannot be opened."""
+def is_indexed(path):
+    """Return whether a picture has a palette or is grey, as masks are; False if it is damaged."""
     try:
         with Image.open(path) as image:
-            return image.mode
+            return image.mode in ("P", "L", "1")
     except Exception:  # reported when the picture is read
-        return ""
+        return False
 
 
 def read_mask(path, num_classes, size=None):
@@ -916,12 +925,13 @@ def as_input_error(path, problem, remedy, kind):
         raise InputError(path, problem, remedy, kind) from None
 
 
-def raise_all(problems, most):
+def raise_all(problems, most=None):
     """Raise the InputErrors of a list as one that shows at most `most` of them, one per line."""
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        remedy = "Run python data.py PATH to list them all"
+        shorter = most is not None and len(problems) > most
+        remedy = "Run python data.py PATH to list them all" if shorter else "Each has a line below"
         error = InputError(f"{len(problems)} files", "have problems", remedy, "several")
         error.args = ("\n".join([error.args[0], *(str(p) for p in problems[:most])]),)
         raise error
@@ -1120,18 +1130,16 @@ def report(path):
         for name, n in zip(one.class_names, one.tags.sum(0).int().tolist()):
             print_line(f"  {name}: {n}")
         print_line(f"  without a tag: {int((one.tags.sum(1) == 0).sum())}")
-    raise_all(problems, len(problems))
+    raise_all(problems)
 
 
 def main(argv=None):
     """Run `python data.py PATH`; return the exit status."""
 
-    def command(words):
-        if len(words) != 1 or words[0].startswith("-"):
-            raise InputError("data.py", "takes one folder", "Usage: python data.py PATH", "usage")
-        report(words[0])
-
-    return run_command("data.py", command, argv)
+    parser = argparse.ArgumentParser("data.py", description="Print what the loader finds.")
+    parser.add_argument("path", metavar="PATH", help="a VOC devkit or a folder of tagged photos")
+    path = parser.parse_args(argv).path
+    return run_command("data.py", lambda _: report(path), [])
 
 
 if __name__ == "__main__":

@@ -184,7 +184,12 @@ class SGSeg(nn.Module):
 
         Weights stored in half precision become float32. Raises InputError.
         """
-        path = Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
+        path = Path(path)
+        if path.is_dir():
+            if (path / "checkpoint.pt").exists() and not (path / "model.pt").exists():
+                problem = "has no model.pt, because its first round is not finished"
+                raise InputError(path, problem, "Continue it with --resume", "unfinished")
+            path = path / "model.pt"
         remedy = "Give a run past its first round; a backbone of your own must be in BACKBONES"
         state = load(path)
         with as_input_error(path, "is not a model of this version", remedy, "model"):
@@ -592,7 +597,8 @@ def main(argv=None):
     def show_all(path):
         photos = data.photos_of(path)
         if not photos:
-            raise InputError(path, "holds no photo", "Name another folder", "empty")
+            remedy = "Name the folder that holds the photos themselves"
+            raise InputError(path, "holds no photo", remedy, "empty")
         return max(data.run_command("sgseg", lambda _: show(photo), []) for photo in photos)
 
     return max(data.run_command("sgseg", lambda _: show_all(path), []) for path in given.photos)

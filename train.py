@@ -195,11 +195,19 @@ def fit_cam(run):
         run.net.cam.weight[:, :, 0, 0] = w.to(run.net.cam.weight)
     run.log("fit", round=0)
     run.save()
-    # Refining a photo takes 2.4 times and training on a crop 1.3 times as long as one photo took in
-    # each of the two passes above (measured with lite0 on a CPU).
-    photos = 2.4 * (run.cfg.rounds + 3) * n + 1.3 * run.cfg.batch * steps_left(run)
-    minutes = photos * (time.monotonic() - start) / (2 * n) / 60
-    print_line(f"about {minutes:.0f} minutes left")
+    print_line(
+        f"time left: about {minutes_left(run, (time.monotonic() - start) / (2 * n)):.0f} min"
+    )
+
+
+def minutes_left(run, seconds):
+    """Return an estimate of the rest of a run. seconds: `fit_cam`'s time for one pass over a photo.
+
+    Refining a photo takes 2.4 times as long and training on a crop 1.3 times (lite0 on a CPU).
+    """
+    photos = 2.4 * (run.cfg.rounds + 3) * len(run.train_set.ids)
+    crops = 1.3 * run.cfg.batch * steps_left(run)
+    return (photos + crops) * seconds / 60
 
 
 def whole_photo(net, high, tags):
@@ -704,7 +712,8 @@ def segment_photos(folder, photos, given, scales):
         if Path(photo).is_dir():
             data.warn_of_unused(Path(photo), set(paths))
     if not paths:
-        raise InputError(photos[0], "holds no photo", "Name the folder of the photos", "empty")
+        remedy = "Name the folder that holds the photos themselves"
+        raise InputError(photos[0], "holds no photo", remedy, "empty")
     problems = []
     rows = {}
     for path in paths:
@@ -724,7 +733,7 @@ def segment_photos(folder, photos, given, scales):
         shown = ", ".join(texts) or "background only"
         print_line(data.printable(f"{path} -> {target}: {shown}"))
     write(out / "areas.csv", data.csv_bytes(merge_areas(out / "areas.csv", rows)))
-    data.raise_all(problems, len(problems))
+    data.raise_all(problems)
 
 
 def merge_areas(path, areas):
@@ -848,7 +857,8 @@ class Run:
         row = {"what": what, "epoch": self.epoch, **values}
         kept = [m for m in self.metrics if (m["what"], m["epoch"]) != (what, self.epoch)]
         self.metrics = [*kept, row]
-        print_line("  ".join(f"{name} {format_value(v)}" for name, v in row.items()))
+        numbers = "  ".join(f"{name} {format_value(v)}" for name, v in row.items())
+        print_line(numbers.removeprefix("what "))
 
     def label_path(self, i, r):
         """Return the path of the pseudo label of training photo i in round r."""
@@ -975,8 +985,8 @@ def new_run(cfg, argv=()):
     lock = lock_folder(folder)
     run = build(cfg, argv)
     run.lock = lock
-    size = f"{len(run.train_set.ids)} photos, {len(run.train_set.class_names)} classes"
-    print_line(f"{size}, {cfg.rounds} rounds, {steps_left(run)} steps on {cfg.device}")
+    size = f"photos: {len(run.train_set.ids)}, classes: {len(run.train_set.class_names)}"
+    print_line(f"{size}, rounds: {cfg.rounds}, steps: {steps_left(run)}, device: {cfg.device}")
     run.save()
     return run
 
@@ -1110,7 +1120,8 @@ def fail(name, value, remedy):
 def make_parser():
     """Return the parser of the command line, made from the fields of Config."""
     layout = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=28)
-    parser = argparse.ArgumentParser("train.py", None, __doc__, formatter_class=layout)
+    usage = "train.py [options]"
+    parser = argparse.ArgumentParser("train.py", usage, __doc__, formatter_class=layout)
     jobs = parser.add_mutually_exclusive_group()
     jobs.add_argument("--resume", action="store_true", help="continue the run in --out")
     jobs.add_argument("--eval", metavar="RUN", help="score a run; with --voc, on that devkit")
@@ -1163,6 +1174,9 @@ def run_job(argv):
     """Do what the command line asks for: train, resume, score or segment. Raises InputError."""
     start = time.monotonic()
     job, given = parse(argv)
+    for name in (given.get("out"), job.eval):
+        if name and Path(name).is_file():
+            raise InputError(name, "is a file", "Name the folder of the run", "missing")
     init_distributed()
     scales = SCALES if job.multi_scale else SCALES[:1]
     if job.segment:
@@ -1179,7 +1193,7 @@ def run_job(argv):
         raise InputError(folder, "does not exist", "Name the run with --out", "missing")
     run = open_run(folder, given, job.resume, argv)
     run_all(run)
-    names = ("results.json", "masks", "overlays", "areas.csv", "panels", "model.pt")
+    names = ("masks", "overlays", "areas.csv", "classes.txt", "panels", "results.json", "model.pt")
     written = ", ".join(name for name in names if (folder / name).exists())
     minutes = (time.monotonic() - start) / 60
     print_line(f"{minutes:.1f} minutes; {folder} holds {written}")
@@ -1209,7 +1223,7 @@ def main(argv=None):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for `deterministic`
     status = data.run_command("sgseg", command, argv)
     if status == 130:
-        hint = "Continue a training run with --resume; at most one epoch is repeated."
+        hint = "Continue a training run with --out RUN --resume; at most one epoch is repeated."
         print_line(hint, stream=sys.stderr)
     return status
 
