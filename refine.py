@@ -41,7 +41,7 @@ EPS = 1e-5  # regularisation of the guided filter (tuned)
 def localization_maps(scores, tagged, unit=None):
     """Stage 1. Return M_k = relu(S_k) / max relu(S_k) for every tagged class k.
 
-    If the scores have a scale of their own, pass the score that counts as 1 as `unit`: then
+    If the scores have one scale for all photos, `unit` is the score that becomes 1, and
     M_k = min(1, relu(S_k) / unit).
 
     scores (B,K,h,w): the CAM scores S. tagged (P,): indices of the tagged classes.
@@ -83,7 +83,8 @@ def head_maps(logits, tagged, soften=2.0):
 def affinity(features, dilations=DILATIONS, temperature=TEMPERATURE):
     """Return A_ij = exp((cos(f_i, f_j) - 1) / temperature) for every pixel i and its neighbours j.
 
-    f are the features minus their mean over the image: similar means similar for this image. The
+    f are the features minus their mean over the image. The mean is what all cells have in common:
+    without subtracting it, two random cells have a cosine of about 0.35 instead of 0 (lite0). The
     neighbours of i are 8 pixels at each of the distances `dilations`, N = 8 len(dilations) in all.
     The graph is symmetric: A_ij = A_ji.
 
@@ -128,8 +129,9 @@ def affinity_guided(
     Its first term keeps the map close to where the class was localized; the second makes it equal
     where the intermediate features are similar. The minimiser solves the linear system
     (D + lambda (D - A)) M = D M0. Each step is a Jacobi iteration of that system and multiplies the
-    distance to its solution by at most lambda / (1 + lambda). After 40 steps at most 0.67 of the
-    initial distance remains for lambda = 100 (measured: 0.2), 0.02 for lambda = 10 (0.003).
+    distance to its solution (the maximum norm) by at most lambda / (1 + lambda). After 40 steps at
+    most 0.67 of the initial distance remains for lambda = 100, and 0.02 for lambda = 10. On photos
+    we measured less: 0.2 and 0.003.
 
     maps (B,P,h,w) in [0,1]; features (B,C,h,w): F_mid; strength: lambda >= 0.
     Returns (B,P,h,w) in [0,1].

@@ -70,9 +70,9 @@ class Config:
     warmup: int = option(
         0, "epochs of L_cls before round 1; needed without ImageNet weights", "tuned", 0
     )
-    rounds: int = option(3, "rounds of refine and update before the last refine", "tuned", 0, 1000)
-    epochs: int = option(4, "epochs of an update", "our choice", 1, 10_000)
-    min_steps: int = option(5, "fewest steps in an epoch; small sets repeat", "tuned", 1, 10_000)
+    rounds: int = option(2, "rounds of refine and update before the last refine", "tuned", 0, 1000)
+    epochs: int = option(8, "epochs of an update", "tuned", 1, 10_000)
+    min_steps: int = option(3, "fewest steps in an epoch; small sets repeat", "tuned", 1, 10_000)
     batch: int = option(16, "images in a step", "our choice", 1, 10_000)
     lr: float = option(
         0.003, "learning rate; 10 times as high for heads on ImageNet weights", "tuned", 1e-9, 10
@@ -104,7 +104,7 @@ class Config:
 
 
 # The toy set's own defaults (our choice: trained in a minute on two cores)
-TOY = {"backbone": "tiny", "warmup": 15, "rounds": 2, "lr": 0.1, "crop": 97, "size": 97}
+TOY = {"backbone": "tiny", "warmup": 15, "epochs": 4, "lr": 0.1, "crop": 97, "size": 97}
 TOY |= {"scale": (0.75, 1.25), "strength": (5.0, 5.0), "radius": 2, "eps": 1e-3}
 TOY |= {"lo": 0.45, "hi": 0.6, "object_bias": 0.0}
 FREE = ("voc", "photos", "corrected", "out", "device", "workers")  # may change on --resume
@@ -121,8 +121,9 @@ def train(run):
     When a run is resumed the same code runs and finished work is skipped.
     """
     rounds = run.cfg.rounds
-    fit_cam(run)  # warm-up on image tags alone: in closed form on ImageNet features,
-    update(run, 0)  # or, without them and with --warmup N, by gradient descent
+    # warm-up on image tags alone
+    fit_cam(run)  # on ImageNet features: the CAM head in closed form
+    update(run, 0)  # with --warmup N: gradient descent on L_cls
     snapshot(run, 0)
     for r in range(1, rounds + 1):
         refine_labels(run, r)  # network fixed, labels change
@@ -161,7 +162,7 @@ def fit_cam(run):
     """Solve for the CAM head on ImageNet features: two ridge regressions of targets t on x.
 
     The first has one sample per photo: x = mean_ij F_high, t = y. The second averages features
-    under the maps M of the first, each divided by its maximum:
+    under the maps M of the first (divided by their maximum, because they have no scale yet):
 
         x_k = sum_ij M_k F_high / sum_ij M_k,   t = one-hot k     for every tag k of a photo, and
         x_0 = the same with M_0 = 1 - min(1, sum_k M_k),   t = 0  for its background
@@ -170,7 +171,8 @@ def fit_cam(run):
     is not trained here: training it on tags would make it forget ImageNet's 1000 classes. The
     intercept is dropped because the head has no bias; s only ranks photos until L_cls turns it into
     logits during the rounds. Ridge regression shrinks w, more so with few photos, so w is rescaled
-    by one factor for all classes: then <w_k, x_k> is 1/2 on average where t is 1.
+    by one factor for all classes: then <w_k, x_k> is 1/2 on average where t is 1, in the middle of
+    a map's range.
     Source: our choice, measured in docs/CHOICES.md. Does nothing without ImageNet weights.
     """
     finished = any(m["what"] in ("fit", "from") for m in run.metrics)
@@ -319,7 +321,7 @@ def losses(net, x, y, labels):
     fourth pixel: the stride-4 grid, which shares its corners with the image.
     Source: abstract, sentence 8; the two losses and their plain sum are our choice.
 
-    Where gradients flow (through everything that each loss reads):
+    Where gradients flow:
 
                         CAM head w   seg head   F_mid   F_high   frozen layers   labels, maps
         L_cls           yes          no         no      yes      no              no
