@@ -1,4 +1,4 @@
-"""What is read from disk and written to it: photos, image tags, masks, crops, scores, pictures.
+"""Read and write photos, image tags, masks and pictures; cut crops for training; compute scores.
 
     python data.py PATH                  print what the loader finds in a devkit or photo folder
 
@@ -41,7 +41,8 @@ VOC_CLASSES = (
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # JPEG includes the MPO files of phones
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 UNREADABLE = (".heic", ".heif", ".avif", ".gif", ".jp2", ".dng", ".cr2", ".nef", ".svg", "")
-FLAG = r"|\d+(\.0*)?|true|false|yes|no|y|n|x"  # cells of a column for a class, in a table of tags
+# the cells below a class name in a table of tags: yes, no, 1, 0 and the like, or empty
+FLAG = r"|\d+(\.0*)?|true|false|yes|no|y|n|x"
 MOST_PIXELS = 64_000_000  # in a photo
 
 
@@ -56,7 +57,7 @@ class VOC:
     in SegmentationClassAug or SegmentationClass, or None. `scan` fills tags and sizes.
 
     path: the folder that holds ImageSets, or the one above VOC2012 or VOCdevkit/VOC2012.
-    split: a list in ImageSets/Segmentation; "train" reads train_aug.txt where there is one.
+    split: a list in ImageSets/Segmentation; "train" reads train_aug.txt if there is one.
     Raises InputError.
     """
 
@@ -84,11 +85,11 @@ class VOC:
         return self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
 
     def has(self, split):
-        """Return whether the devkit has that list."""
+        """Return whether the devkit has a list of this split."""
         return self._list(split).exists()
 
     def identity(self):
-        """Return what must be the same when a run is resumed."""
+        """Return the properties of the data that must not change when a run is resumed."""
         return {"classes": self.class_names, "ids": self.ids, "tags": self.tags.tolist()}
 
     def read_tags(self, i):
@@ -154,8 +155,8 @@ class VOC:
             problem = f"lacks {len(missing)} of {len(self.ids)} masks: {' '.join(missing[:10])}"
             raise InputError(self.root, problem, "Add them, or shorten the list", "masks")
         if 2 * len(contradicting) > found:
-            problem = f"has {len(contradicting)} of {found} masks that do not show the classes "
-            problem += f"in the tags of their photo: {' '.join(contradicting[:10])}"
+            problem = f"has {found} masks, of which {len(contradicting)} contradict the tags of "
+            problem += f"their photo: {' '.join(contradicting[:10])}"
             remedy = "Index n must mean the n-th class, 0 background and 255 undecided, and the "
             remedy += "tags must name every class in the photo, not only the main one"
             raise InputError(self.root, problem, remedy, "masks")
@@ -329,7 +330,7 @@ def tags_of_table(path):
     cells = [cell.strip().lower() for _, row in rows for cell in row[1:]]
     columns = header and all(re.fullmatch(FLAG, cell) for cell in cells)
     if columns and len(set(header[1:])) < len(header[1:]):
-        raise InputError(path, "has two columns of one name", "Rename or remove one", "tags")
+        raise InputError(path, "has two columns with the same name", "Rename or remove one", "tags")
     found = {}
     for photo, (number, row) in zip(photos, rows):
         if photo is None:
@@ -366,7 +367,7 @@ def read_rows(path):
     first = next((line for line in lines if re.search("[;\t,]", line)), "")
     between = re.search(
         "[;\t,]", re.sub('"[^"]*"', "", first)
-    )  # the first one follows the photo's name
+    )  # the first separator follows the photo's name
     delimiter = delimiter or (between[0] if between else ",")
     with as_input_error(path, "is not a table", "Write rows of a photo and its tags", "format"):
         rows = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True))
@@ -392,7 +393,7 @@ def refuse_lists_in_names(path, names):
 
 
 def warn_of_unused(root, used):
-    """Warn, in one line, about files below root that are not used, counted by their ending."""
+    """Warn, in one line, about unused files below root, counted by their extension."""
     used = used | {root / "classes.txt", root / "tags.csv"}
     used |= {p for p in (root / "masks").rglob("*") if p.suffix.lower() == ".png"}
     others = [p for p in sorted(root.rglob("[!.]*")) if p.is_file() and p not in used]
@@ -476,7 +477,7 @@ def aligned(image, size):
 
 # ---- reading photos, masks, tags, lists ----------------------------------------------------------
 
-TURNS = {  # EXIF orientation -> what turns the picture upright
+TURNS = {  # EXIF orientation -> the transposition that turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -493,7 +494,7 @@ def read_image(source):
     source: a path, the bytes of a file, an open binary file, a PIL image, or an (H,W,3) uint8 RGB
     array (BGR arrays, as OpenCV reads them, cannot be told apart). Grey, CMYK, palette, RGBA and
     16-bit pictures are converted; the EXIF orientation is applied.
-    Raises InputError for a file that cannot be read, ValueError for another array.
+    Raises InputError for a file that cannot be read, ValueError for any other array.
     """
     if isinstance(source, Image.Image):
         return to_rgb(source, "the image")
@@ -524,7 +525,7 @@ def decode(source, convert):
             w, h = image.size
             if min(w, h) < 16 or w * h > MOST_PIXELS:
                 problem = f"has {w} x {h} pixels"
-                remedy = "Resize it to at least 16 pixels per side and 64 million in total"
+                remedy = "Resize it: at least 16 pixels per side, at most 64 million in total"
                 raise InputError(name, problem, remedy, "size")
             return convert(image, name)
 
@@ -574,7 +575,7 @@ def read_mask(path, num_classes, size=None):
     mask = decode(path, indices)
     if size is not None and size != mask.shape[::-1]:
         problem = (
-            f"has {mask.shape[1]} x {mask.shape[0]} pixels, but its photo {size[0]} x {size[1]}"
+            f"has {mask.shape[1]} x {mask.shape[0]} pixels, but its photo has {size[0]} x {size[1]}"
         )
         raise InputError(path, problem, "Export the mask again, or restore the image", "mask")
     wrong = mask[(mask > num_classes) & (mask != IGNORE)]
@@ -601,7 +602,8 @@ def read_tags(path, class_names):
     names = {nfc((o.findtext("name") or "").strip()) for o in root.findall("object")}
     unknown = " ".join(sorted(names - set(class_names)))[:60]
     if not names <= set(class_names):
-        problem = f"is tagged {unknown}, which is not a class" if unknown else "has no object name"
+        nameless = "has an object without a name"
+        problem = f"names {unknown}, which is not a class" if unknown else nameless
         remedy = f"Correct it, or edit classes.txt. The classes are {' '.join(class_names)[:200]}"
         raise InputError(path, problem, remedy, "tags")
     return names
@@ -610,7 +612,7 @@ def read_tags(path, class_names):
 def read_list(path):
     """Return the image ids of a list with one id per line.
 
-    Also understood: CRLF, blank lines, the column -1/0/1 of ImageSets/Main (-1 is left out), ids
+    Also accepts CRLF, blank lines, the column -1/0/1 of ImageSets/Main (-1 is left out), ids
     with an ending, and pairs of paths (/JPEGImages/ID.jpg /SegmentationClass/ID.png).
     Raises InputError.
     """
@@ -639,8 +641,8 @@ def read_classes(root, usual):
     if path.exists():
         names = [nfc(line.strip()) for line in read_text(path).split("\n") if line.strip()]
     if not 0 < len(set(names)) == len(names) < 255:
-        problem = f"gives {len(names)} classes ({len(set(names))} different names)"
-        raise InputError(path if path.exists() else root, problem, "Give 1 to 254", "classes")
+        problem = f"lists {len(names)} classes ({len(set(names))} distinct names)"
+        raise InputError(path if path.exists() else root, problem, "List 1 to 254", "classes")
     for name in names:
         letters = re.sub("[^a-z]", "", name.lower())
         if letters in ("background", "ignore", "void", "unlabeled", "undecided"):
@@ -661,7 +663,7 @@ def photos_of(path):
     if not path.is_dir():
         return [path]
     if not os.access(path, os.R_OK | os.X_OK):
-        raise InputError(path, "may not be read", "Change its permissions", "permission")
+        raise InputError(path, "cannot be read", "Change its permissions", "permission")
     pictures = [p for p in sorted(path.glob("[!.]*")) if p.suffix.lower() in ENDINGS]
     pictures = [p for p in pictures if not p.is_dir()]
     stages = {f"{p.stem}_stages.png" for p in pictures}
@@ -748,9 +750,9 @@ def palette_image(label):
 def remove_specks(label):
     """Return a label (H,W) uint8 without specks.
 
-    Every pixel takes the most frequent index in the window around it, which is 9 pixels wide for
-    photos of 500 pixels or more and smaller for smaller ones. No new index can appear. Counting
-    with running sums is much faster on large photos than Pillow's ModeFilter.
+    Every pixel takes the most frequent index in the window around it. The window is 9 pixels wide
+    if the long side has 500 pixels or more, and narrower for smaller photos. No new index can
+    appear. Counting with running sums is much faster on large photos than Pillow's ModeFilter.
     Source: our choice (docs/CHOICES.md).
     """
     radius = min(4, round(max(label.shape) / 125))
@@ -962,12 +964,12 @@ def load(path):
     they have (torch does not compress).
     """
     content = io.BytesIO(read(path, limit=2**33))
-    with as_input_error(path, "is not a torch file or is damaged", "Give another", "weights"):
+    with as_input_error(path, "is not a torch file or is damaged", "Give another file", "weights"):
         if zipfile.is_zipfile(content):
             archive = zipfile.ZipFile(content)
             size = sum(member.file_size for member in archive.infolist())
             if size > len(content.getbuffer()) or archive.testzip() is not None:
-                raise InputError(path, "is damaged or compressed", "Give another", "weights")
+                raise InputError(path, "is damaged or compressed", "Give another file", "weights")
         content.seek(0)
         return dict(torch.load(content, map_location="cpu", weights_only=True))
 
@@ -982,7 +984,7 @@ def check_finite(state, source):
 
 
 def write(path, content, source=None):
-    """Write text, bytes, a picture (as PNG) or a dict (for `load`) so that path is always whole.
+    """Write text, bytes, a picture (as PNG) or a dict (for `load`) atomically.
 
     The content goes to a temporary file, which is then renamed. All files are written here.
     source: the photo that a picture was made from. It is noted in the PNG, and a file that does not

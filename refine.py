@@ -5,19 +5,19 @@ of them reads. Only the abstract was available to us, so every formula and every
 choice. Its source is given beside it; "tuned" means that it was chosen with training masks of our
 VOC subsets and then fixed (docs/CHOICES.md). `four_stages` runs all of them in order:
 
-    upsample            the scores S to the grid of F_mid
+    upsample            bring S to the grid of F_mid
     1 localization_maps M_k = relu(S_k) / max relu(S_k)            where is each class, roughly?
-                        (min(1, relu(S_k)) on ImageNet features, where train.fit_cam gives a scale)
-    2 affinity_guided   M <- (M0 + lambda T M) / (1 + lambda)      spread where F_mid is similar
+                        (with ImageNet weights min(1, relu(S_k)): train.fit_cam fixes its scale)
+    2 affinity_guided   M <- (M0 + lambda T M) / (1 + lambda)      spread M where F_mid is similar
       stretch           M_k <- M_k / max(max M_k, floor)           the walk lowers the peaks
     3 self_guided       q_i = a_i . I_i + b_i                      follow the image's own edges
-    4 pseudo_labels     class where M >= hi, background where M < lo, undecided (255) between
+    4 pseudo_labels     class if the highest M_k >= hi, background if it is < lo, else 255
 
 Symbols: B images; K classes, of which P are tagged (`tagged` holds their indices); (h,w) the size
 of a feature grid, (H,W) of the image; i, j pixels of one grid; k a class; S scores of the CAM head,
 Z logits of the segmentation head, M localization maps, I the image, F_mid intermediate features.
-The stages take and return batched tensors and know no file, network or option; `tagged` holds for
-the whole batch. All results except the label are differentiable.
+The stages take and return batched tensors; they know nothing of files, networks or options. The
+same `tagged` applies to every image of the batch. All results except the label are differentiable.
 """
 
 import torch
@@ -26,12 +26,13 @@ import torch.nn.functional as F
 # These numbers are the defaults of `python train.py` and `python sgseg.py`. The toy set overrides
 # STRENGTH, RADIUS, EPS, LO and HI with its own: TOY in train.py.
 IGNORE = 255  # VOC's index for undecided pixels: they enter no loss and no score
-LO = 0.30  # background where every map is below it (tuned)
-HI = 0.60  # a class where its map reaches it (tuned)
-STRENGTH = 100.0  # lambda, the weight of the affinity energy in round 1 (tuned)
+LO = 0.30  # a pixel is background if all its maps are below LO (tuned)
+HI = 0.60  # a pixel gets a class if that class's map is at least HI (tuned)
+STRENGTH = 100.0  # lambda, the weight of the second term of E(M), in round 1 (tuned)
 WALK_STEPS = 40  # iterations of the random walk (tuned)
 TEMPERATURE = 0.1  # of the affinity exp((cos - 1) / temperature) (tuned)
-DILATIONS = (1, 3, 6, 12, 24)  # distances of the 40 neighbours in cells (our choice, as in PAMR)
+DILATIONS = (1, 3, 6, 12, 24)  # distances of the 40 neighbours in cells (our choice, after PAMR)
+# (dy, dx) of the 8 directions
 DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 FLOOR = 0.3  # after the walk a map is multiplied by at most 1 / FLOOR (tuned)
 RADIUS = 3  # of the guided filter's windows, in cells of F_mid's grid (tuned)
@@ -41,12 +42,12 @@ EPS = 1e-5  # regularisation of the guided filter (tuned)
 def localization_maps(scores, tagged, unit=None):
     """Stage 1. Return M_k = relu(S_k) / max relu(S_k) for every tagged class k.
 
-    If the scores have one scale for all photos, `unit` is the score that becomes 1, and
-    M_k = min(1, relu(S_k) / unit).
+    If the scores have one scale for all photos, pass as `unit` the score that is
+    mapped to 1. Then M_k = min(1, relu(S_k) / unit).
 
     scores (B,K,h,w): the CAM scores S. tagged (P,): indices of the tagged classes.
     unit: a positive score (1 for the CAM head of `train.fit_cam`), or None.
-    Returns (B,P,h,w) in [0,1]; a map without a positive score stays 0.
+    Returns (B,P,h,w) in [0,1]; a class without a positive score has a map of zeros.
     Raises ValueError unless `tagged` holds distinct indices below K and unit > 0.
     Source: abstract, sentence 5; class activation mapping (Zhou et al. 2016). `unit` is our choice.
 
@@ -69,10 +70,12 @@ def head_maps(logits, tagged, soften=2.0):
     over-confidence.
 
     logits (B,K+1,h,w): Z, background first. tagged (P,): indices of the tagged classes.
-    Returns (B,P,h,w) in [0,1]. Raises ValueError as `localization_maps`.
+    Returns (B,P,h,w) in [0,1]. Raises ValueError as `localization_maps` does.
     Source: our choice (soften: tuned).
 
-    >>> head_maps(torch.tensor([0., 9., 0.]).view(1, 3, 1, 1), [1]).item()   # class 0 has no tag
+    The 9. is the logit of class 0, which has no tag:
+
+    >>> head_maps(torch.tensor([0., 9., 0.]).view(1, 3, 1, 1), [1]).item()
     0.5
     """
     check_tagged(tagged, logits.shape[1] - 1)
@@ -83,14 +86,14 @@ def head_maps(logits, tagged, soften=2.0):
 def affinity(features, dilations=DILATIONS, temperature=TEMPERATURE):
     """Return A_ij = exp((cos(f_i, f_j) - 1) / temperature) for every pixel i and its neighbours j.
 
-    f are the features minus their mean over the image. The mean is what all cells have in common:
-    without subtracting it, two random cells have a cosine of about 0.35 instead of 0 (lite0). The
+    f is the feature map minus its mean over the image. The mean is what all cells have in common:
+    without subtracting it, the mean cosine of two random cells is about 0.35, not 0 (lite0). The
     neighbours of i are 8 pixels at each of the distances `dilations`, N = 8 len(dilations) in all.
     The graph is symmetric: A_ij = A_ji.
 
     features (B,C,h,w). Returns A (B,hw,N) in [0,1], 0 where j lies outside the grid, and
     index (hw,N) int64, the pixel j of every entry.
-    Raises ValueError if temperature < 0.03, where exp() underflows in float32.
+    Raises ValueError if temperature < 0.03: not far below, exp() underflows in float32.
     Source: our choice; the cosine as in SEAM (Wang et al. 2020), the neighbours as in PAMR
     (Araslanov & Roth 2020).
     """
@@ -110,7 +113,7 @@ def affinity(features, dilations=DILATIONS, temperature=TEMPERATURE):
     f = features - features.mean((2, 3), keepdim=True)
     noise = max(1e-12, 1e-5 * float(features.detach().abs().max()))
     f = F.normalize(f.flatten(2), dim=1, eps=noise).transpose(1, 2)  # (B,hw,C)
-    # one neighbour at a time, so that memory stays linear in the number of pixels
+    # one neighbour at a time: all at once would need N times the memory
     cos = torch.stack([(f * f[:, j]).sum(-1) for j in index.T], -1)  # (B,hw,N)
     return ((cos - 1) / temperature).exp() * inside, index
 
@@ -118,25 +121,25 @@ def affinity(features, dilations=DILATIONS, temperature=TEMPERATURE):
 def affinity_guided(
     maps, features, strength=STRENGTH, walk_steps=WALK_STEPS, temperature=TEMPERATURE
 ):
-    """Stage 2. Return the maps after `walk_steps` of M <- (M0 + lambda T M) / (1 + lambda).
+    """Stage 2. Return the maps after `walk_steps` steps M <- (M0 + lambda T M) / (1 + lambda).
 
     T = D^-1 A holds the affinities divided by their row sums d_i, and the walk starts at M0 = maps.
-    This is a random walk over similar pixels; each step mixes in a share 1 / (1 + lambda) of the
-    localization map. Every step reduces the distance to the minimiser of the energy
+    This is a random walk with restart over similar pixels: each step mixes in a share
+    1 / (1 + lambda) of M0. Every step reduces the distance to the minimiser of the energy
 
         E(M) = sum_i d_i (M_i - M0_i)^2 + lambda sum_ij A_ij (M_i - M_j)^2 / 2,     d_i = sum_j A_ij
 
-    Its first term keeps the map close to where the class was localized; the second makes it equal
-    where the intermediate features are similar. The minimiser solves the linear system
+    Its first term keeps the map close to M0; the second pulls the values of two pixels together if
+    their intermediate features are similar. The minimiser solves the linear system
     (D + lambda (D - A)) M = D M0. Each step is a Jacobi iteration of that system and multiplies the
-    distance to its solution (the maximum norm) by at most lambda / (1 + lambda). After 40 steps at
-    most 0.67 of the initial distance remains for lambda = 100, and 0.02 for lambda = 10. On photos
-    we measured less: 0.2 and 0.003.
+    distance to its solution (in the maximum norm) by at most lambda / (1 + lambda). After 40 steps,
+    at most 0.67 of the initial distance remains for lambda = 100, and 0.02 for lambda = 10. On
+    photos we measured less: 0.2 and 0.003.
 
     maps (B,P,h,w) in [0,1]; features (B,C,h,w): F_mid; strength: lambda >= 0.
     Returns (B,P,h,w) in [0,1].
-    Raises ValueError if batch or grid of maps and features differ, or strength < 0, and as
-    `affinity`.
+    Raises ValueError if maps and features differ in batch size or grid, if strength < 0, and as
+    `affinity` does.
     Source: abstract, sentence 6; the energy and the walk are our choice, after AffinityNet (Ahn &
     Kwak 2018), where a second network learns the affinities.
 
@@ -169,11 +172,12 @@ def self_guided(maps, image, radius=RADIUS, eps=EPS):
 
     In every window of the maps' grid the map is fitted as an affine function of the image's
     colours (`guided_coefficients`, on the image averaged down to that grid). Only the coefficients
-    a, b are upsampled; they are then applied to the colours I_i of the full image. Every sharp edge
-    of q is therefore an edge of the image (Fast Guided Filter, He & Sun 2015).
+    a, b are upsampled; they are then applied to the colours I_i at full resolution. Every sharp
+    edge of q is therefore an edge of the image (Fast Guided Filter, He & Sun 2015).
 
     maps (B,P,h,w) in [0,1]; image (B,3,H,W) in [0,1]; radius in cells of the maps' grid.
-    Returns (B,P,H,W) in [0,1]; a map of zeros stays 0. Raises ValueError as `guided_coefficients`.
+    Returns (B,P,H,W) in [0,1]; a map of zeros stays 0.
+    Raises ValueError as `guided_coefficients` does.
     Source: abstract, sentence 7. That the paper means this filter is our reading of the sentence.
 
     Worked example: a map of two cells over an image of two black and two white pixels. The result
@@ -197,7 +201,7 @@ def pseudo_labels(maps, tagged, lo=LO, hi=HI):
 
     A pixel takes the class of its highest map if that map reaches hi, background (0) if every map
     is below lo, and is undecided (255) otherwise. Classes without a tag cannot appear. The loss
-    ignores 255. If maps are equal, the first wins.
+    ignores 255. Where maps tie, the first one wins.
 
     maps (B,P,H,W) in [0,1]; tagged (P,): the class index of each map; 0 <= lo <= hi <= 1.
     Returns (B,H,W) uint8: class index + 1, 0 or 255. Without a tag all pixels are background.
@@ -213,7 +217,7 @@ def pseudo_labels(maps, tagged, lo=LO, hi=HI):
     if not 0 <= lo <= hi <= 1:
         raise ValueError(f"want 0 <= lo <= hi <= 1, got lo {lo}, hi {hi}")
     if len(tagged) != maps.shape[1] or not maps.isfinite().all():
-        raise ValueError(f"want {len(tagged)} maps of finite numbers, got {tuple(maps.shape)}")
+        raise ValueError(f"want {len(tagged)} maps without NaN or inf, got {tuple(maps.shape)}")
     if len(tagged) == 0:
         return torch.zeros_like(maps.sum(1), dtype=torch.uint8)
     best, p = maps.max(1)  # (B,H,W) each
@@ -230,7 +234,7 @@ def four_stages(scores, features, image, tagged, stages=STAGES, lo=LO, hi=HI, fl
     scores (B,K,h,w): S, or Z (B,K+1,h,w) for `head_maps`; features (B,C,h2,w2): F_mid;
     image (B,3,H,W) in [0,1]; tagged (P,): indices of the tagged classes.
     stages: functions for stages 1 to 3; None in place of the second or third skips that stage. The
-    maps are stretched between stages 2 and 3 in any case, by at most a factor of 1 / floor.
+    maps are always stretched between stages 2 and 3, by a factor of at most 1 / floor.
     Returns localized (B,P,h2,w2), guided (B,P,h2,w2), refined (B,P,H,W), all in [0,1], and the
     label (B,H,W) uint8. Raises ValueError as the stages do.
     Source: abstract, sentences 5 to 8.
@@ -243,7 +247,7 @@ def four_stages(scores, features, image, tagged, stages=STAGES, lo=LO, hi=HI, fl
     return localized, guided, refined, pseudo_labels(refined, tagged, lo, hi)
 
 
-# ---- the numerics below the stages ---------------------------------------------------------------
+# ---- the functions that the stages call ----------------------------------------------------------
 
 
 def stretch(maps, floor):
@@ -268,7 +272,7 @@ def upsample(x, size):
 
 
 def guided_coefficients(p, I, radius, eps):
-    """Return the coefficients of the guided filter, averaged over the windows around each pixel.
+    """Return the coefficients of the guided filter, averaged over all windows that contain a pixel.
 
     In every window omega_k the result is an affine function of the colours, q_i = a_k . I_i + b_k:
 
@@ -276,14 +280,14 @@ def guided_coefficients(p, I, radius, eps):
 
     mu_k and Sigma_k are the mean and the 3x3 covariance of the colours in omega_k, U the identity.
 
-    p (B,P,h,w): the maps; I (B,3,h,w) in [0,1]: the guidance image; omega_k has 2 radius + 1 cells
-    a side. Returns mean(a) (B,P,3,h,w) and mean(b) (B,P,h,w), computed in float64: in float32 the
-    variance of a nearly flat window is lost.
+    p (B,P,h,w): the maps; I (B,3,h,w) in [0,1]: the guidance image; omega_k is 2 radius + 1 cells
+    wide and high. Returns mean(a) (B,P,3,h,w) and mean(b) (B,P,h,w), computed in float64: in
+    float32 the variance of a nearly flat window is lost.
     Raises ValueError if the sizes differ, I is not an RGB image in [0,1], radius < 0 or eps < 1e-9.
     Source: He, Sun & Tang, Guided Image Filtering (ECCV 2010), eqs. 14 to 16.
     """
     if p.shape[-2:] != I.shape[-2:] or I.shape[1] != 3:
-        raise ValueError(f"maps {tuple(p.shape)} do not fit an RGB image, got {tuple(I.shape)}")
+        raise ValueError(f"maps {tuple(p.shape)} do not fit the guidance image {tuple(I.shape)}")
     if not radius >= 0 or not eps >= 1e-9:
         raise ValueError(f"want radius >= 0 and eps >= 1e-9, got {radius} and {eps}")
     if I.min() < -1e-3 or I.max() > 1 + 1e-3:
@@ -307,7 +311,7 @@ def guided_coefficients(p, I, radius, eps):
 def box_mean(x, radius):
     """Return the mean over the (2 radius + 1)^2 window around each pixel, cut at the border.
 
-    Running sums take equally long for every radius; torch's average pooling does not.
+    The cost of running sums does not depend on the radius; that of torch's average pooling does.
 
     x (B,C,H,W); radius >= 0. Returns (B,C,H,W).
 
@@ -329,9 +333,9 @@ def box_mean(x, radius):
 
 
 def check_tagged(tagged, num_classes):
-    """Raise ValueError unless `tagged` is (P,) distinct class indices from 0 to num_classes - 1."""
+    """Raise ValueError unless `tagged` holds (P,) distinct class indices below num_classes."""
     given = torch.as_tensor(tagged)
     indices = given.flatten().tolist()
     distinct = given.ndim == 1 and len(set(indices)) == len(indices)
     if not distinct or not all(type(k) is int and 0 <= k < num_classes for k in indices):
-        raise ValueError(f"tagged must be (P,) distinct indices < {num_classes}, got {tagged}")
+        raise ValueError(f"tagged must hold (P,) distinct indices < {num_classes}, got {tagged}")

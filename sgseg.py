@@ -8,11 +8,11 @@ Symbols, the same in every file:
 
     x        image, (B,3,H,W), RGB in [0,1]; sides of the form 16n+1 keep all grids aligned
     y        tags: image-level labels, (B,K) in {0,1}; K classes, background is not one of them
-    F_mid    intermediate-level features, stride 8 (read by the affinity guidance)
-    F_high   high-level features, stride 16 (read by the CAM head)
+    F_mid    intermediate-level features, stride 8 (for the affinity and the segmentation head)
+    F_high   high-level features, stride 16 (for both heads)
     S, s     CAM scores S_k = <w_k, F_high> (B,K,h,w) and image scores s_k = mean_ij S_k (B,K)
     Z        segmentation logits (B,K+1,h,w); channel 0 is background
-    H/8      as the size of a grid: H/8 rounded up, 33 for 257
+    H/8      in the size of a grid: H / 8 rounded up, 33 for H = 257
 
 The abstract says only that high- and intermediate-level features of one network are used.
 Backbones, strides and heads are our choice.
@@ -34,7 +34,8 @@ import data
 import refine
 from data import InputError, aligned, as_input_error, check_finite, load, read_image, to_tensor
 
-SCALES = (1.0, 0.5, 0.75, 1.25, 1.5)  # for `segment`: the first alone, or all (our choice)
+# `segment` uses the first scale, with --multi-scale the average over all (our choice)
+SCALES = (1.0, 0.5, 0.75, 1.25, 1.5)
 
 
 class SGSeg(nn.Module):
@@ -44,11 +45,11 @@ class SGSeg(nn.Module):
         Z   = SegHead(F_mid, F_high)              segmentation head; both return raw scores
 
     Because the mean is linear, scoring the mean feature equals averaging the scores (Zhou et al.
-    2016): an image classifier also maps where its class is.
+    2016): an image classifier also tells where its class is.
 
-    class_names: the K classes. backbone: a key of BACKBONES. The other arguments are used by
-    `segment`: the long side to which photos are resized, the advantage of objects over background
-    in logits, radius and eps of `refine.self_guided`, and whether it is used at all.
+    class_names: the K classes. backbone: a key of BACKBONES. size: the long side to
+    which photos are resized. For `segment`: object_bias is added to the logits of all objects;
+    self_guided turns `refine.self_guided` on, with radius and eps.
     Raises KeyError for an unknown backbone, ValueError for numbers out of range.
     """
 
@@ -64,7 +65,7 @@ class SGSeg(nn.Module):
     ):
         super().__init__()
         if not class_names or type(radius) is not int or not isinstance(self_guided, bool):
-            raise ValueError("want at least one class, a whole radius, self_guided True or False")
+            raise ValueError("want one class or more, an integer radius, and a bool self_guided")
         for name, value, low, high in (
             ("size", size, 17, 8192),
             ("object_bias", object_bias, -100, 100),
@@ -76,7 +77,7 @@ class SGSeg(nn.Module):
         self.config = {"class_names": list(class_names), "backbone": backbone, "size": size}
         self.config |= {"object_bias": object_bias, "radius": radius, "eps": eps}
         self.config |= {"self_guided": self_guided}
-        self.label_names = ["background", *class_names]  # of Z's channels and of labels
+        self.label_names = ["background", *class_names]  # of Z's channels, indexed by labels
         self.size = size
         self.object_bias = object_bias
         self.filter = (radius, eps) if self_guided else None
@@ -85,14 +86,15 @@ class SGSeg(nn.Module):
         c_mid, c_high = self.backbone.channels
         self.cam = nn.Conv2d(c_high, len(class_names), 1, bias=False)
         self.seg = SegHead(c_mid, c_high, len(class_names))
-        for name in ("mean", "std"):  # on the CPU even where `load` builds on the meta device
+        # these stay on the CPU even when `load` builds the network on the meta device
+        for name in ("mean", "std"):
             value = torch.tensor(getattr(self.backbone, name), device="cpu").view(1, 3, 1, 1)
             self.register_buffer(name, value, persistent=False)
 
     def forward(self, x):
         """Return S (B,K,H/16,W/16), s (B,K), Z (B,K+1,H/8,W/8) and F_mid (B,C,H/8,W/8).
 
-        x (B,3,H,W) float32, RGB in [0,1]. Raises ValueError for another x.
+        x (B,3,H,W) float32, RGB in [0,1]. Raises ValueError for any other x.
         """
         check_input(x)
         mid, high = self.backbone((x - self.mean) / self.std)
@@ -101,21 +103,21 @@ class SGSeg(nn.Module):
         return S, s, self.seg(mid, high), mid
 
     def input(self, image, scale=1.0):
-        """Return x (1,3,H,W) of a PIL image: the long side is about scale * size."""
+        """Return a PIL image as x (1,3,H,W), resized to a long side of about scale * size."""
         x = to_tensor(aligned(image, scale * self.size))[None].to(self.mean.device)
         return x.contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def features(self, image):
-        """Return F_mid (1,C,h,w) and F_high (1,C,h/2,w/2) of a PIL image."""
+        """Return F_mid (1,C2,h,w) and F_high (1,C3,h/2,w/2) of a PIL image."""
         return self.backbone((self.input(image) - self.mean) / self.std)
 
     @torch.no_grad()
     def outputs(self, image, scale=1.0):
         """Return S, s and Z of a PIL image, averaged with those of its mirror image, and F_mid.
 
-        Shapes as `forward` with B = 1, float32 on CUDA as well (the affinity reads small
-        differences). Raises ValueError in training mode, where BatchNorm would change.
+        Shapes as in `forward` with B = 1. float32 on CUDA as well, because the affinity depends on
+        small differences. Raises ValueError in training mode, where BatchNorm would be updated.
         """
         if self.training:
             raise ValueError("the network is in training mode: call net.eval() first")
@@ -134,8 +136,9 @@ class SGSeg(nn.Module):
 
         Z and s are averaged over `scales`. A class wins where it is the argmax on the stride-8
         grid. The probabilities are then refined with the photo as in stage 3. `object_bias` is
-        positive because giving a pixel to a class of IoU J raises J if the pixel belongs to it with
-        p > J / (1 + J), which is at most 1/2 (Lipton et al. 2014). Our choices (docs/CHOICES.md).
+        positive because giving a pixel to a class of IoU J raises J on average if the pixel belongs
+        to it with a probability above J / (1 + J), which is at most 1/2 (Lipton et al. 2014).
+        Our choices (docs/CHOICES.md).
         """
         _, s, Z, _ = zip(*(self.outputs(image, scale) for scale in self.scales))
         s = torch.stack(s).mean(0)  # (1,K)
@@ -151,7 +154,7 @@ class SGSeg(nn.Module):
         return k, refine.upsample(q, I.shape[-2:])[0]
 
     def segment(self, image):
-        """Return the label of every pixel, (H,W) uint8: 0 background, n for label_names[n].
+        """Return the label of every pixel, (H,W) uint8: an index into label_names, 0 is background.
 
         image: a path, bytes, a file, a PIL image or an RGB array (see `data.read_image`).
         Raises InputError for a file that cannot be read, ValueError for over 255 labels.
@@ -165,17 +168,18 @@ class SGSeg(nn.Module):
     def probabilities(self, image):
         """Return (K+1,H,W) float32: `class_probabilities`, scaled to a sum of 1 at every pixel.
 
-        Classes that win nowhere are 0. `segment` returns the argmax of p without specks, and takes
-        the same images.
+        Classes that win nowhere have probability 0. `segment` returns the argmax of the result,
+        with specks removed. image: as for `segment`.
         """
         k, q = self.class_probabilities(read_image(image))
         p = torch.zeros(len(self.label_names), *q.shape[1:], device=q.device)
-        q = q + 1e-9  # where the filter's clamp leaves only zeros, the P classes become equal
+        # where the filter's clamp leaves only zeros, the P classes become equally likely
+        q = q + 1e-9
         p[k] = q / q.sum(0)
         return p
 
     def export_state(self):
-        """Return what `load` needs, {"config", "model"}: half the size of a checkpoint."""
+        """Return the dict {"config", "model"} for `load`, half the size of a checkpoint."""
         return {"config": self.config, "model": self.state_dict()}
 
     @classmethod
@@ -190,10 +194,11 @@ class SGSeg(nn.Module):
                 problem = "has no model.pt, because its first round is not finished"
                 raise InputError(path, problem, "Continue it with --resume", "unfinished")
             path = path / "model.pt"
-        remedy = "Give a run past its first round; a backbone of your own must be in BACKBONES"
+        remedy = "Name a run past round 1, and add a backbone of your own to BACKBONES"
         state = load(path)
         with as_input_error(path, "is not a model of this version", remedy, "model"):
-            with torch.device("meta"):  # no random initialisation, which takes as long as reading
+            # skip the random initialisation, which takes as long as reading the file
+            with torch.device("meta"):
                 net = cls(**state["config"])
             weights = check_finite(state["model"], path)
             weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
@@ -204,7 +209,7 @@ class SGSeg(nn.Module):
 class SegHead(nn.Module):
     """Z = conv1x1(ReLU6(conv3x3[upsample(proj F_high), proj F_mid])), a small fusion head.
 
-    F_high tells which class it is, F_mid where it ends. The projections are 1x1 convolutions to 128
+    F_high tells what an object is, F_mid where it ends. The projections are 1x1 convolutions to 128
     and 64 channels, few enough to be trained on two CPU cores (our choice).
 
     forward: F_mid (B,C2,H/8,W/8), F_high (B,C3,H/16,W/16) -> Z (B,K+1,H/8,W/8).
@@ -223,7 +228,7 @@ class SegHead(nn.Module):
 
 
 def check_input(x):
-    """Raise ValueError unless x is (B,3,H,W) floats in [0,1]: others would go wrong silently."""
+    """Raise ValueError unless x is (B,3,H,W) floats in [0,1]: others would give wrong results."""
     valid = x.ndim == 4 and x.shape[1] == 3 and x.is_floating_point() and x.numel() > 0
     if valid and not torch.compiler.is_compiling():  # torch.export cannot branch on values
         valid = bool((x.min() > -0.01) & (x.max() < 1.01))
@@ -253,11 +258,11 @@ class Backbone(nn.Module):
     mean = (0.485, 0.456, 0.406)  # torchvision's ImageNet statistics
     std = (0.229, 0.224, 0.225)
     frozen = ()  # modules that fine-tuning does not change
-    imagenet = None  # where its ImageNet weights are: "https://...", "package:file", or nowhere
-    classifier = "classifier."  # prefix of the parameters in that file that are left out
+    imagenet = None  # location of its ImageNet weights: "https://...", "package:file", or None
+    classifier = "classifier."  # parameters of that file that begin with this are not loaded
 
     def rename(self, key):
-        """Return the name in this module of the parameter `key` of the file of ImageNet weights."""
+        """Return this module's name for the parameter `key` in the file of ImageNet weights."""
         return key
 
 
@@ -316,7 +321,7 @@ lite_norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)  # as Lite0 was tra
 class InvertedResidual(nn.Module):
     """MobileNetV2's block (Sandler et al. 2018): expand 1x1, depthwise k x k, project 1x1.
 
-    The input is added if the shapes agree: (B,c_in,H,W) -> (B,c_out,H/stride,W/stride).
+    (B,c_in,H,W) -> (B,c_out,H/stride,W/stride). If both shapes are equal, the input is added.
     """
 
     def __init__(self, c_in, c_out, kernel, stride, dilation, expand):
@@ -393,7 +398,7 @@ class Lite0(Backbone):
         return mid, high  # (B,1280,H/16,W/16)
 
     def rename(self, key):
-        """Return `key` of the package's file without its underscores."""
+        """Return `key` of the package's file without the underscores that begin its parts."""
         return key.replace("._", ".").lstrip("_")
 
 
@@ -404,8 +409,8 @@ def load_imagenet(backbone, source="auto"):
     """Load ImageNet weights into a backbone: from a file, or ("auto") from `backbone.imagenet`.
 
     The classifier's parameters are left out. Files saved by DataParallel ("module." before each
-    name) or wrapped in {"state_dict": ...} are understood. Raises InputError and names the first
-    parameter that is missing, unexpected or of the wrong shape.
+    name) or wrapped in {"state_dict": ...} are accepted. Raises an InputError that names the
+    first parameter that is missing, unexpected or of the wrong shape.
     """
     state = imagenet_state(backbone.imagenet) if source == "auto" else load(source)
     with as_input_error(source, "is not a dict of tensors", "Give other weights", "weights"):
@@ -418,7 +423,7 @@ def load_imagenet(backbone, source="auto"):
         shape = getattr(state.get(key), "shape", "missing")
         wanted = shapes.get(key, "absent")
         if shape != wanted:
-            problem = f"does not fit {type(backbone).__name__}: {key} is {shape}, not {wanted}"
+            problem = f"does not fit {type(backbone).__name__}: {key} is {shape}, expected {wanted}"
             raise InputError(source, problem, "Give other weights", "weights")
     backbone.load_state_dict(check_finite(state, source))
 
@@ -441,7 +446,7 @@ def imagenet_state(where):
 
 # ---- python sgseg.py: the four stages on any photo, without training -----------------------------
 
-IMAGENET = {  # VOC's classes among ImageNet's 1000 (our choice; ImageNet has no person)
+IMAGENET = {  # VOC class -> its ImageNet indices (our choice; ImageNet has no class for people)
     "aeroplane": [404, 895],
     "bicycle": [444, 671],
     "bird": [*range(7, 25), *range(80, 101), *range(127, 147)],
@@ -478,7 +483,7 @@ def imagenet_network():
     """Return an SGSeg of ImageNet's 1000 classes, and their biases (1000,).
 
     Its CAM head is ImageNet's own classifier, with the mean of all w subtracted from each w_k: a
-    score then says how much more a place looks like class k than like the others.
+    score then says how much more a place looks like class k than like an average class.
     Raises InputError.
     """
     net = SGSeg([str(k) for k in range(1000)]).eval().requires_grad_(False)
@@ -508,7 +513,7 @@ def imagenet_scores(image, tag=None):
 
 
 def stages_with(S, mid, I, strength, walk_steps, temperature, floor, radius, eps, lo, hi):
-    """Return `refine.four_stages` of one class, S (1,1,h,w), with these numbers."""
+    """Run `refine.four_stages` on the scores S (1,1,h,w) of one class with these settings."""
 
     def guide(maps, features):
         return refine.affinity_guided(maps, features, strength, walk_steps, temperature)
@@ -519,14 +524,13 @@ def stages_with(S, mid, I, strength, walk_steps, temperature, floor, radius, eps
 
 
 def affinity_picture(features, i, temperature=refine.TEMPERATURE):
-    """Return a map (1,1,h,w) of the affinity of pixel i to its neighbours; the largest is 1."""
+    """Return a map (1,1,h,w) of the affinity of pixel i to its neighbours, scaled to at most 1."""
     A, index = refine.affinity(features, temperature=temperature)  # (1,hw,N), (hw,N)
     near = torch.zeros(features.shape[2] * features.shape[3])
     inside = A[0, i] > 0  # the index of a neighbour outside the grid is another pixel's
     near[index[i, inside]] = A[0, i, inside] / A[0, i].max()
-    return F.max_pool2d(
-        near.view(1, 1, *features.shape[2:]), 3, 1, 1
-    )  # dots large enough to be seen
+    near = near.view(1, 1, *features.shape[2:])
+    return F.max_pool2d(near, 3, 1, 1)  # draw each neighbour 3 cells wide
 
 
 @torch.no_grad()
@@ -555,7 +559,7 @@ def stage_rows(image, tag=None, settings=({},)):
 
 
 def parse_numbers(parser, given):
-    """Return `settings` for `stage_rows` from the options: one row, or one for each value."""
+    """Return the `settings` of `stage_rows`: one row, or one for each value of an option."""
     chosen = {name: getattr(given, name) for name in NUMBERS if getattr(given, name)}
     for name, values in chosen.items():
         _, _, low, high = NUMBERS[name]
@@ -584,7 +588,7 @@ def main(argv=None):
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+", help=help)
     given = parser.parse_args(argv)
     if given.tag and given.tag not in [*IMAGENET, *map(str, range(1000))]:
-        why = f"ImageNet has no {given.tag}"
+        why = f"--tag {given.tag} is unknown"
         parser.error(f"{why}. Give one of {words}")
     settings = parse_numbers(parser, given)
 

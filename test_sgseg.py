@@ -1,6 +1,6 @@
 """Tests on a toy devkit in a temporary folder.
 
-Functions are compared with oracles, runs are stopped at every write, bad input is fed in.
+They compare functions with oracles, stop runs at every write, and feed in bad input.
 `pytest test_sgseg.py` runs all of it in about 100 seconds on two cores.
 """
 
@@ -92,7 +92,7 @@ def toy(tmp_path_factory):
 
 @pytest.fixture
 def kit(toy, tmp_path):
-    """A private copy of it, to break."""
+    """A copy of `toy` that a test may break."""
     return Path(shutil.copytree(toy, tmp_path / "kit"))
 
 
@@ -125,12 +125,12 @@ def finished(toy, tmp_path_factory):
 
 @pytest.fixture
 def copied(finished, tmp_path):
-    """A private copy of it, to break."""
+    """A copy of `finished` that a test may break."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def product(run):
-    """All that must not depend on being stopped: weights, momentum, labels, scores, metrics."""
+    """Return all that must be the same whether or not a run was stopped: weights, labels, ..."""
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
@@ -145,7 +145,7 @@ def product(run):
 
 
 def same(a, b):
-    """Whether a and b are equal to the bit, tensors in dicts included."""
+    """Return whether a and b are equal bit for bit, tensors in dicts included."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
@@ -157,7 +157,7 @@ def differing(a, b):
 
 
 def complaint(capsys):
-    """The one line on stderr, apart from warnings."""
+    """Return the only line on stderr that is not a warning."""
     lines = capsys.readouterr().err.strip().splitlines()
     faults = [line for line in lines if not line.startswith("warning: ")]
     assert len(faults) == 1, faults
@@ -165,7 +165,7 @@ def complaint(capsys):
 
 
 def refused(call, *args):
-    """The InputError that call(*args) raises; its kind and path are what tests check."""
+    """Return the InputError that call(*args) raises; tests check its kind and path."""
     with pytest.raises(InputError) as error:
         call(*args)
     return error.value
@@ -176,7 +176,7 @@ def resume(out, *more):
 
 
 def interrupt_at_step(n, monkeypatch):
-    """Ctrl-C in the n-th step of the run's updates."""
+    """Raise SIGINT in the n-th training step, counted over all updates."""
     step = train.update_step
     steps = []
 
@@ -190,7 +190,7 @@ def interrupt_at_step(n, monkeypatch):
 
 
 def tagged(*names):
-    """An annotation with these objects."""
+    """Return the XML of an annotation with these objects."""
     objects = "".join(f"<object><name>{name}</name></object>" for name in names)
     return f"<annotation>{objects}</annotation>"
 
@@ -203,34 +203,34 @@ def docs_module(name):
     return module
 
 
-# processes of their own: forked from a clean one in which torch is already imported
+# child processes: forked from a clean process in which torch is already imported
 
 CLEAN = multiprocessing.get_context("forkserver")
 CLEAN.set_forkserver_preload(["test_sgseg", "torch._dynamo"])  # SGD imports it in its first step
 
 
 def train_alone(argv, prepare=None, *args):
-    """In the child: prepare(*args), then the command line."""
+    """In the child: call prepare(*args), then run the command line."""
     if prepare:
         prepare(*args)
     return train.main(argv)
 
 
 def script_alone(argv):
-    """In the child: python SCRIPT ARGUMENT ..."""
+    """In the child: run python SCRIPT ARGUMENT ..."""
     sys.argv = argv
     runpy.run_path(argv[0], run_name="__main__")
 
 
 def logged(log, job, *args):
-    """In the child: a job whose output goes to files."""
+    """In the child: run a job and write its output to files."""
     sys.stdout = open(f"{log}.out", "w")
     sys.stderr = open(log, "w")
     sys.exit(job(*args))
 
 
 def alone(log, job, argv, *args):
-    """The started process of a job of this module: stderr goes to log, stdout to log.out."""
+    """Start a job in a child process; stderr goes to log, stdout to log.out. Return the process."""
     argv = [str(word) for word in argv]
     process = CLEAN.Process(target=logged, args=(str(log), job, argv, *args))
     process.start()
@@ -238,7 +238,7 @@ def alone(log, job, argv, *args):
 
 
 def ended(process, seconds=60):
-    """Its exit status, None if it hangs."""
+    """Wait for a process and return its exit status, or None if it hangs (then kill it)."""
     process.join(seconds)
     status = process.exitcode
     if status is None:
@@ -290,7 +290,7 @@ def test_stretch_reaches_one_unless_the_factor_would_exceed_its_bound():
 
 
 def dense(features, **numbers):
-    """The affinity as one (hw,hw) float64 matrix."""
+    """Return the affinity as one (hw,hw) float64 matrix."""
     A, index = refine.affinity(features, **numbers)
     full = torch.zeros(A.shape[1], A.shape[1], dtype=torch.float64)
     for n in range(A.shape[2]):
@@ -299,7 +299,7 @@ def dense(features, **numbers):
 
 
 def affinity_energy(M, M0, A, strength):
-    """E(M) as the docstring of `affinity_guided` defines it: one value for each of the P maps."""
+    """Return E(M) of `affinity_guided`'s docstring, one value for each of the P maps."""
     M = M[0].flatten(1).double()  # (P,hw)
     distance = (A.sum(1) * (M - M0[0].flatten(1)) ** 2).sum(1)  # sum_i d_i (M_i - M0_i)^2
     differences = (M[:, :, None] - M[:, None]) ** 2  # (P,hw,hw)
@@ -307,7 +307,7 @@ def affinity_energy(M, M0, A, strength):
 
 
 def minimiser(M0, A, strength):
-    """The solution of (D + lambda (D - A)) M = D M0, solved densely in float64."""
+    """Return the solution of (D + lambda (D - A)) M = D M0 by a dense solver in float64."""
     D = A.sum(1).diag()
     right = D @ M0[0].flatten(1).T.double()
     return torch.linalg.solve(D + strength * (D - A), right).T.reshape(M0.shape)
@@ -320,7 +320,8 @@ def test_affinity_from_its_definition():
     centred = (f - f.mean((2, 3), keepdim=True))[0]
     for i, j in np.ndindex(12, 12):
         distances = {abs(j // 3 - i // 3), abs(j % 3 - i % 3)}
-        linked = distances in ({1}, {2}, {0, 1}, {0, 2})  # a king's move, or one twice as long
+        # j is in one of the 8 directions from i, at distance 1 or 2
+        linked = distances in ({1}, {2}, {0, 1}, {0, 2})
         u = centred[:, i // 3, i % 3]
         v = centred[:, j // 3, j % 3]
         cos = float(u @ v / (u.norm() * v.norm()))
@@ -359,7 +360,7 @@ def test_walk_converges_to_the_dense_solution_and_every_step_lowers_the_energy()
 
 @pytest.mark.parametrize("strength, bound, least", [(100.0, "0.67", 0.02), (10.0, "0.02", 0.0)])
 def test_walk_stops_before_its_limit_and_within_the_bound(strength, bound, least):
-    """In the D-weighted norm every step shrinks the distance at least by lambda / (1 + lambda)."""
+    """In the D-weighted norm every step leaves at most lambda / (1 + lambda) of the distance."""
     torch.manual_seed(0)
     f = refine.upsample(torch.randn(1, 8, 9, 7), (25, 17)) + 0.3 * torch.randn(1, 8, 25, 17)
     M0 = refine.upsample(torch.rand(1, 2, 5, 4), (25, 17))
@@ -407,12 +408,12 @@ def guided_filter(p, I, radius, eps):
 
 
 def window(y, x, r):
-    """The slices of the window around a pixel, cut at the border."""
+    """Return the slices of the window around a pixel, cut at the border."""
     return slice(max(0, y - r), y + r + 1), slice(max(0, x - r), x + r + 1)
 
 
 def naive_guided_filter(p, I, r, eps):
-    """mean(a), mean(b) and q of He, Sun & Tang's eqs. 14 to 16: p (H,W), I (H,W,3) float64."""
+    """Return mean(a), mean(b), q of He, Sun & Tang, eqs. 14 to 16; p (H,W), I (H,W,3) float64."""
     a = np.zeros_like(I)
     b = np.zeros_like(p)
     for y, x in np.ndindex(p.shape):
@@ -463,14 +464,14 @@ def test_guided_coefficients_equal_the_window_by_window_definition(radius, eps):
 
 
 def soft_photo(H, W):
-    """Smooth colours with hardly any grain, in steps of 1/255: (1,3,H,W)."""
+    """Return (1,3,H,W) smooth colours with very little noise, quantised to steps of 1/255."""
     torch.manual_seed(0)
     smooth = F.interpolate(torch.rand(1, 3, H // 64 + 2, W // 64 + 2), (H, W), mode="bicubic")
     return ((smooth + 0.0015 * torch.randn(1, 3, H, W)).clamp(0, 1) * 255).round() / 255
 
 
 def two_tones(H, W):
-    """A black half, a white half, and a white disc in the black half: (1,3,H,W)."""
+    """Return (1,3,H,W): a black half with a white disc in it, and a white half."""
     y, x = np.mgrid[:H, :W]
     white = (x >= W // 2) | ((y - H // 2) ** 2 + (x - W // 3) ** 2 < (H // 4) ** 2)
     return torch.tensor(white).float().expand(1, 3, H, W)
@@ -484,7 +485,7 @@ def two_tones(H, W):
     (two_tones, 375, 500, 4, 1e-9),
 ])  # fmt: skip
 def test_guided_filter_is_exact_with_small_windows_in_large_pictures(picture, H, W, radius, eps):
-    """In float64: at the far corner, where the running sums are longest, and at the first pixel."""
+    """Compare with float64 at the first corner, and at the last, where running sums are longest."""
     I = picture(H, W)
     p = F.interpolate(torch.rand(1, 1, H // 8, W // 8), (H, W), mode="bilinear")
     q = guided_filter(p, I, radius, eps)[0, 0].double().numpy()
@@ -548,7 +549,7 @@ def test_pseudo_labels_by_hand():
     assert refine.pseudo_labels(maps[:, :0], [], 0.25, 0.5).tolist() == [[[0] * 3] * 3]
     assert refine.pseudo_labels(maps, [253, 7], 0.25, 0.5)[0, 0, 0] == 254
     # of equal maps the first wins, and a threshold belongs to the label above it; 0.25, 0.5 and
-    # 0.75 are exact, so equal means equal
+    # 0.75 are exact in float32, so the comparisons are exact, too
     maps = torch.tensor([[[[0.5, 0.25, 0.75, 0.2]], [[0.5, 0.25, 0.75, 0.2]]]])
     assert refine.pseudo_labels(maps, [3, 1], 0.25, 0.5).flatten().tolist() == [4, 255, 4, 0]
     assert refine.pseudo_labels(maps, [1, 3], 0.25, 0.5).flatten().tolist() == [2, 255, 2, 0]
@@ -563,7 +564,7 @@ def test_pseudo_labels_by_hand():
     [(refine.localization_maps, 4, 4), (refine.head_maps, 5, 4), (refine.pseudo_labels, 1, 254)],
 )
 def test_stages_refuse_what_is_not_distinct_class_indices(stage, channels, K):
-    """The tags of a batch, the tags of an image, and classes that do not exist."""
+    """Reject (B,K) and (K,) tags in {0,1}, classes that do not exist, floats and booleans."""
     for wrong in ([[0, 1, 0, 0]], [0, 1, 0, 1], [K], [-1], [0.5], [1.0], [True]):
         for tagged in (wrong, torch.tensor(wrong)):
             with pytest.raises(ValueError, match=f"distinct indices < {K}"):
@@ -577,7 +578,7 @@ def test_stages_refuse_other_sizes_and_numbers_out_of_range():
     nan = math.nan
     wrong = {partial(refine.localization_maps, M, [0]): [(0.0,), (-1.0,), (nan,)]}
     walks = [(f[..., :4],), (torch.cat([f, f]),), (f, -1.0), (f, nan), (f, 1.0, 40, 0.0)]
-    # at a temperature of 0.001 exp() would leave the range of float32
+    # at a temperature of 0.001 exp() would underflow
     wrong[partial(refine.affinity_guided, M)] = [*walks, (f, 1.0, 40, 0.001), (f, 1.0, 40, -0.1)]
     filters = [(image, 4, 1e-3) for image in (I[:, :1], 255 * I, I - 0.5)]
     filters += [(I, -1, 1e-3), (I, 4, 0.0), (I, 4, nan)]
@@ -611,7 +612,7 @@ def test_four_stages_are_the_stages_in_a_row():
     assert torch.equal(guided, localized / 2)
     assert torch.equal(refined, refine.upsample(guided, (65, 49)))
     assert torch.equal(label, refine.pseudo_labels(refined, [3, 1], 0.2, 0.4))
-    # stages of one's own
+    # user-defined stages
     stages = (
         lambda scores, tagged: scores[:, tagged].sigmoid(),
         lambda maps, features: maps * features[:, :1].sigmoid(),
@@ -676,7 +677,7 @@ def test_the_network_refuses_what_is_not_an_image():
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_losses_under_autocast_are_finite_and_a_network_is_exported(name, tmp_path):
-    """On CUDA the update runs in bfloat16; here a CPU does."""
+    """On CUDA the update runs under autocast to bfloat16; this test does so on the CPU."""
     net = SGSeg(NAMES, name).train()
     labels = torch.randint(0, 5, (2, 33, 33))
     with torch.autocast("cpu", torch.bfloat16):
@@ -703,7 +704,7 @@ def test_vgg16_has_torchvisions_parameter_names(tmp_path):
     assert same(dict(net.state_dict()), state)
 
 
-class Undilated(Lite0):  # the classifier that lite0's weights were trained as
+class Undilated(Lite0):  # the undilated network that lite0's weights were trained in
     layout = (*Lite0.layout[:5], (192, 4, 5, 2, 1, 6), (320, 1, 3, 1, 1, 6))
 
 
@@ -739,7 +740,7 @@ def without(state, name):
 
 
 class Evil:
-    """Whoever unpickles it makes a folder."""
+    """Unpickling this object creates a folder."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -791,7 +792,7 @@ def test_outputs_are_averaged_with_those_of_the_mirror_image(toy):
 
 
 def network_with_outputs(monkeypatch, s, Z, **settings):
-    """A network whose `outputs` are s (K) and Z (1,K+1,h,w) for every image."""
+    """Return a network whose `outputs` are s (K) and Z (1,K+1,h,w) for every image."""
     net = SGSeg(NAMES[: len(s)], "tiny", **settings).eval()
     monkeypatch.setattr(net, "outputs", lambda *_: (None, torch.tensor([s]), Z.clone(), None))
     return net
@@ -953,7 +954,7 @@ def test_losses_by_hand():
 
 
 class Leaves(Backbone):
-    """Features that are leaves of the graph, above a frozen layer: losses leave gradients there."""
+    """A backbone whose features are leaf tensors, so that their .grad can be read."""
 
     channels = (5, 6)
 
@@ -970,7 +971,7 @@ class Leaves(Backbone):
 
 
 def reached(run, labels):
-    """{column of the table in train.losses: "yes" if a gradient arrived there, else "no"}."""
+    """Return {column of the table in train.losses: "yes" if a gradient arrived, else "no"}."""
     net = run.net
     parts = {"CAM head w": [net.cam.weight], "seg head": [*net.seg.parameters()]}
     parts |= {"F_mid": [net.backbone.mid], "F_high": [net.backbone.high]}
@@ -1078,7 +1079,7 @@ def test_the_trainer_runs_the_four_stages_with_the_numbers_of_the_round(toy):
     S, _, Z, mid = net.outputs(image)
     I = data.to_tensor(image)[None]
     tags = torch.tensor([0.0, 1.0, 0.0, 1.0])
-    # the fitted CAM head has a scale of its own; one that gradient descent trained has none
+    # the fitted CAM head has one scale for all photos; a head trained by gradient descent has not
     fitted = (partial(refine.localization_maps, unit=1.0), *refine.STAGES[1:])
     head = (refine.head_maps, partial(refine.affinity_guided, strength=10.0), refine.self_guided)
     coarse = (*head[:2], partial(refine.self_guided, radius=1, eps=0.1))
@@ -1129,7 +1130,7 @@ def test_your_own_annotate_replaces_label_image_in_labels_panels_and_scores(toy,
     run = started_run(toy, tmp_path / "run")
     run.annotate = annotate
     train.run_all(run)
-    # panels of 2 val images after every update, labels of 16 photos in every refine, then scores
+    # after every update panels of 2 val images, then labels of 16 photos; at the end the scores
     assert calls == sum(([r] * 2 + [r] * 16 for r in (1, 2, 3)), []) + [1] * 16
     C = C_map = 0
     for i in range(16):
@@ -1195,7 +1196,7 @@ def test_ridge_is_the_minimum_of_its_sum():
     gradient = torch.autograd.grad(total(own), own)[0]
     assert gradient.abs().max() < 1e-3 * total(own)
     assert total(own) < total(own + 0.01) and total(own) < total(0.9 * own)
-    # of photos that are all equal nothing can be learnt
+    # nothing can be learnt from photos that are all equal
     w = train.ridge(torch.ones(3, 5), torch.tensor([[1.0], [0.0], [1.0]]), 1.0)
     assert w.tolist() == [[0.0] * 5]
 
@@ -1224,7 +1225,7 @@ def test_the_fit_solves_two_regressions_once_and_only_on_imagenet_weights(
         train.fit_cam(run)
         assert [row["what"] for row in run.metrics] == ["fit"]
     fitted = run.net.cam.weight.detach()[:, :, 0, 0].clone()  # (K,C)
-    # the first regression: one sample a photo; the second, under its maps: <w_k, x_k> is 1/2
+    # the first regression has one sample per photo; the second, under its maps, gives 1/2
     tags = run.train_set.tags
     high = [run.net.features(read_image(path))[1] for path in run.train_set.image_paths]
     w = train.ridge(torch.cat([F_high.mean((2, 3)) for F_high in high]), tags, 1.0)
@@ -1247,10 +1248,10 @@ def test_the_fit_solves_two_regressions_once_and_only_on_imagenet_weights(
     assert (run.net.cam.weight == -0.1).all()
 
 
-# ---- alternation: no mask opened, scores by hand, resumed to the bit -----------------------------
+# ---- the alternation: which files it opens, its scores, stopping and resuming --------------------
 
 FORBIDDEN = set()  # real paths of files that must not be opened now
-OPENED = []  # those that were
+OPENED = []  # those that were opened all the same
 
 
 def watch(event, args):
@@ -1271,7 +1272,7 @@ def forbidden():
 
 
 def results(run):
-    """The scores in a run folder."""
+    """Return the scores in a run folder."""
     return json.loads((run / "results.json").read_text())
 
 
@@ -1305,7 +1306,7 @@ def test_training_opens_no_mask_of_a_training_image(kit, finished, tmp_path, for
 
 
 def scores_by_hand(truths, labels):
-    """IoU of every class that occurs, of the labelled pixels, and the share of these pixels."""
+    """Return the IoU of each class that occurs, on decided pixels, and the decided share."""
     hit = np.zeros(5)
     true = np.zeros(5)
     predicted = np.zeros(5)
@@ -1363,7 +1364,7 @@ def test_ablation_switches_and_upper_bound(finished, toy, kit, tmp_path, capsys)
     # the last line names only what is there: with --supervised no labels are made
     listed = capsys.readouterr().out.splitlines()[-1].partition(" holds ")[2].split(", ")
     assert all((tmp_path / "u" / name).exists() for name in listed)
-    # two rounds later, the maps of the network after the warm-up are still what is scored
+    # after two rounds, too, the scored maps are those of the network after the warm-up
     assert iou["a"]["train cam"] == iou["finished"]["train cam"]
     assert iou["a"]["train affinity"] == iou["a"]["train cam"] != iou["a"]["train self_guided"]
     assert iou["s"]["train affinity"] == iou["s"]["train self_guided"] != iou["s"]["train cam"]
@@ -1376,7 +1377,7 @@ def test_ablation_switches_and_upper_bound(finished, toy, kit, tmp_path, capsys)
 
 
 def test_corrected_masks_are_their_photos_labels(toy, finished, tmp_path, monkeypatch):
-    """In every round and in masks/; the other labels stay automatic; scores leave them out."""
+    """They are used in every round and in masks/; only the other photos are labelled and scored."""
     photos = VOC(toy, "train")
     photos.scan()
     fixed = tmp_path / "fixed"
@@ -1475,7 +1476,7 @@ def test_scores_elsewhere_and_at_other_scales_have_their_own_files(copied, kit):
 def test_eval_of_a_read_only_run_prints_its_table(copied, finished, monkeypatch, capsys):
     (copied / "results.json").unlink()
     argv = ["--eval", str(copied), *CPU]
-    assert train.main(argv) == 0  # where it was moved: the same scores
+    assert train.main(argv) == 0  # a copy of the run has the same scores
     assert results(copied) == results(finished)
     original = open
 
@@ -1494,12 +1495,12 @@ def test_eval_of_a_read_only_run_prints_its_table(copied, finished, monkeypatch,
 
 
 def blank(rows):
-    """In place of data.sheet, which takes a third of so small a run's time."""
+    """Replace data.sheet, which takes a third of the time of such a small run."""
     return Image.new("RGB", (16, 16))
 
 
 def die_at_write(n):
-    """In the child: at its n-th write half of the file is on disk, and the process is dead."""
+    """In the child: end the process at its n-th write, with half of the file on disk."""
     writes = []
     data.sheet = blank
 
@@ -1513,7 +1514,7 @@ def die_at_write(n):
 
 
 def test_killed_at_any_write_a_run_comes_to_the_same_bits(tmp_path, monkeypatch):
-    """On two photos; with a checkpoint by --resume, without one started again."""
+    """Use two photos. Resume a run with a checkpoint; start a run without one again."""
     kit = make_toy(tmp_path / "kit", train=2, val=1, seed=3)
     more = ["--rounds", 1, "--batch", 2, "--size", 33]
     writes = []
@@ -1523,7 +1524,7 @@ def test_killed_at_any_write_a_run_comes_to_the_same_bits(tmp_path, monkeypatch)
         assert train.main(options(kit, tmp_path / "whole", *more)) == 0
     whole = product(tmp_path / "whole")
     saved = 0
-    for first in range(1, len(writes) + 1, 2):  # two at a time, one a core
+    for first in range(1, len(writes) + 1, 2):  # two at a time, one per core
         outs = {n: tmp_path / f"run{n}" for n in (first, first + 1) if n <= len(writes)}
         for kill in (True, False):
             processes = {}
@@ -1555,7 +1556,7 @@ STOPS = {  # how a run is stopped: exit status, what the message names, epochs a
 def test_stopped_moved_and_resumed_equals_never_stopped(
     how, kit, finished, tmp_path, monkeypatch, capsys
 ):
-    """At most one epoch is repeated; labels that were written stay, to the nanosecond."""
+    """At most one epoch is repeated; labels on disk are not written again (same mtime)."""
     fsync = os.fsync
     scan_data = train.scan_data
     photo = (kit / JPG).read_bytes()
@@ -1594,7 +1595,7 @@ def test_stopped_moved_and_resumed_equals_never_stopped(
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_locks_its_folder_until_a_signal_ends_it(kind, toy, finished, tmp_path):
-    """At a random moment, as a container is stopped or by kill -9; resumed to the bit at once."""
+    """Stop a run at a random moment by SIGTERM or SIGKILL, and resume it bit for bit."""
     out = tmp_path / "run"
     argv = [HERE / "train.py", *options(toy, out, "--workers", 2)]
     process = alone(tmp_path / "log", script_alone, argv)
@@ -1617,7 +1618,7 @@ def test_a_run_locks_its_folder_until_a_signal_ends_it(kind, toy, finished, tmp_
     "name", ["notes.txt", "config.json", "panels/mine.png", "lock", "lock/file", "toy", "toy/file"]
 )
 def test_files_of_others_are_never_overwritten(name, tmp_path, capsys):
-    """Nor is the folder that holds them filled; the same if the name is a link to their file."""
+    """Nor are files added to their folder. The same holds if the name is a link to a file."""
     out = tmp_path / "out"
     path = out / name
     path.parent.mkdir(parents=True)
@@ -1681,7 +1682,7 @@ def test_numbers_that_are_not_finite_end_a_run_and_are_not_saved(what, toy, tmp_
 def test_clock_locks_fsync_and_workers_do_not_change_the_result(
     toy, finished, tmp_path, monkeypatch, capsys
 ):
-    """The clock stands still and then runs back; the file system knows no locks and no fsync."""
+    """The clock stops and then runs backwards; the file system supports neither locks nor fsync."""
     times = [1e6] * 100
 
     def unsupported(*_):
@@ -1778,7 +1779,7 @@ def test_run_folder_explains_itself_and_holds_no_absent_class(learnt):
 
 
 def die_in_toy():
-    """In the child: dies while the third mask of the toy set is being written."""
+    """In the child: die while the third mask of the toy set is being written."""
     masks = []
     palette_image = data.palette_image
 
@@ -1790,7 +1791,7 @@ def die_in_toy():
 
 
 def test_the_toy_set_is_there_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
-    """Killed while it is written; on a full disk; started again, moved and resumed."""
+    """Kill it while it is written, fill the disk, start again, move the run and resume it."""
     out = tmp_path / "run"
     few = "--warmup 1 --rounds 1 --epochs 1 --min-steps 1 --batch 4 --device cpu".split()
     argv = ["--out", str(out), *few]
@@ -1865,7 +1866,7 @@ def test_photos_are_found_by_their_name_without_ending(kit, tmp_path, capsys):
         photos.scan(masks=True)
         assert photos.ids == ids and np.array_equal(read_image(photos.image_paths[1]), pixels)
         assert [p.suffix for p in photos.image_paths[:4]] == [".JPG", ".jfif", ".png", ".jpg"]
-    # train_aug.txt and its masks win; what it leaves out and what val repeats is warned of
+    # train_aug.txt and its masks win; warnings name photos that it omits and that val repeats
     (kit / LIST).with_name("train_aug.txt").write_text("toy_0003\ntoy_0004\n")
     (kit / LIST).with_name("val.txt").write_text("toy_0016\ntoy_0004\n")
     (kit / "SegmentationClassAug").mkdir()
@@ -1890,7 +1891,7 @@ def test_the_background_is_not_a_class(kit):
 
 
 def grey_picture(mode, value):
-    """A 30x20 picture of one grey in any mode; in mode 1 white."""
+    """Return a 30x20 picture of one grey in any mode, in mode 1 of white."""
     if mode == "I;16":
         return Image.fromarray(np.full((20, 30), value * 256, np.uint16))
     grey = Image.fromarray(np.full((20, 30), value, np.uint8))
@@ -1916,7 +1917,8 @@ def test_pictures_show_what_they_say():
     right[:, 15:] = 1
     hot = np.asarray(data.heat(grey, torch.tensor(right).float())).astype(int)
     assert hot[0, 0].argmax() == 2 and hot[0, 29].argmax() == 0  # blue is 0, red is 1
-    assert abs(hot[0, 0, 0] - 40) <= 1 and abs(hot[0, 29, 0] - 116) <= 1  # dark; under half a red
+    # red is 0.4 * 100 where the map is 0, and 0.4 * 100 + 0.5 * 153 where it is 1
+    assert abs(hot[0, 0, 0] - 40) <= 1 and abs(hot[0, 29, 0] - 116) <= 1
     drawn = np.asarray(data.overlay(grey, right)).astype(int)
     assert drawn[0, 29].argmax() == 0 and abs(drawn[0, 0] - 40).max() <= 1
     assert (np.asarray(data.overlay(grey, right, ["background", "cat"])) != drawn).any()  # legend
@@ -1947,7 +1949,7 @@ def test_crops_are_a_function_of_seed_epoch_and_index(toy):
 
 
 def test_crops_move_labels_with_pixels(tmp_path):
-    """An image that equals its own label map; where it ends there is grey, and 255."""
+    """Crop an image that equals its label map. Outside it the crop is grey, and its label 255."""
     marked = make_toy(tmp_path / "marked", train=4, val=1)
     photos = VOC(marked, "train")
     photos.scan()
@@ -1977,7 +1979,7 @@ def test_confusion_and_iou_by_hand():
     assert scores["recall"] == {"background": 0.5, "a": 1.0, "b": 0.0}
     assert scores["confusion"] == C.tolist()
     C = np.eye(21, dtype=int)
-    C[8, 9] = 1  # half of the cats are chairs; both count
+    C[8, 9] = 1  # half of the pixels of cat are predicted as chair; both classes count
     assert summary(C, data.VOC_CLASSES)["miou"] == pytest.approx((19 + 0.5 + 0.5) / 21)
     zeros = np.zeros((2, 3), int)
     for target, prediction in ((zeros + 5, zeros), (zeros, zeros + 5), (zeros, zeros + 255)):
@@ -2013,14 +2015,14 @@ def test_files_are_the_old_or_the_new_whole_and_links_are_not_followed(tmp_path,
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("kind", ["black and white", "another order of classes"])
 def test_masks_that_contradict_the_tags_are_refused(kind, split, kit):
-    """0 and 255, one class exported as a picture; indices of another list of classes."""
+    """Black and white: one class exported as 255. Another order: indices of another class list."""
     photos = VOC(kit, split)
     for path in photos.mask_paths[1:]:
         mask = np.array(Image.open(path))
         shown = (mask > 0) & (mask < 255)
         mask = np.where(shown, 255 if kind == "black and white" else mask % 4 + 1, mask)
         data.palette_image(mask).save(path)
-        if path == photos.mask_paths[1]:  # one may be the photo's own matter
+        if path == photos.mask_paths[1]:  # a single contradicting mask is accepted
             photos.scan(masks=True)
     data.palette_image(np.zeros((97, 97))).save(photos.mask_paths[0])
     error = refused(partial(photos.scan, masks=True))
@@ -2069,8 +2071,11 @@ def test_several_processes_want_a_gpu_each(monkeypatch):
 
 
 def as_rank(rank, world_size, port, n, shared):
-    """In the child: what torchrun sets; rank 0 dies at its n-th write. After the warm-up, whose
-    gradients depend on the number of processes, the network is the one in the file `shared`."""
+    """In the child: set torchrun's variables, and let rank 0 die at its n-th write.
+
+    After the warm-up, whose gradients depend on the number of processes, load the network from the
+    file `shared`.
+    """
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
     os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"TORCHELASTIC_RUN_ID": "0"}
@@ -2086,7 +2091,7 @@ def as_rank(rank, world_size, port, n, shared):
 
 
 def side_by_side(out, argv, shared, n=0):
-    """(exit status, stderr) of the two processes of one run."""
+    """Return (exit status, stderr) of each of the two processes of one run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -2099,7 +2104,7 @@ def side_by_side(out, argv, shared, n=0):
 
 
 def test_two_processes_make_the_labels_of_one_and_go_on_after_a_kill(toy, finished, tmp_path):
-    """The same network, labels and scores, to the byte; killed in its updates and resumed too."""
+    """Network, labels and scores are the same byte for byte, also after a kill in an update."""
     out = tmp_path / "whole"
     shared = finished / "warmup.pt"
     both = side_by_side(out, options(toy, out), shared)
@@ -2123,11 +2128,11 @@ def test_two_processes_make_the_labels_of_one_and_go_on_after_a_kill(toy, finish
     assert [path.name for path in out.iterdir()] == ["lock"]
 
 
-# ---- bad input: what is broken, what must be named -----------------------------------------------
+# ---- bad input is rejected by a message that names it --------------------------------------------
 
 
 def bomb():
-    """Nine lines of XML that unfold to a gigabyte."""
+    """Return XML of nine nested entities that expand to 200 MB."""
     entities = ['<!ENTITY x "ha">']
     for n in range(1, 9):
         inner = f"&x{n - 1 or ''};" * 10
@@ -2136,7 +2141,7 @@ def bomb():
 
 
 def encoded(image, kind="PNG", **how):
-    """The bytes of a picture."""
+    """Return the bytes of a picture file."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **how)
     return buffer.getvalue()
@@ -2157,7 +2162,7 @@ def half(content):
 
 
 def well_formed(message, path=""):
-    """Whether a message is one line, "{path} {problem}. {remedy}.", in the agreed form."""
+    """Return whether a message is one line of the form "{path} {problem}. {remedy}."."""
     ours = re.sub(r"\(\w+: .*?\)", "", message)  # without a library's reason
     form = re.search(r"\S \S.*\S\. [A-Z].*[^.]\.$", message) and message.startswith(path)
     wrong = re.search(r"\bexpected|mend it|Traceback", ours)
@@ -2165,12 +2170,12 @@ def well_formed(message, path=""):
 
 
 def each_xml(text):
-    """A way to break a devkit: the same text in all annotations."""
+    """Return a function that breaks a devkit: it writes the same text to all annotations."""
     return lambda kit: [path.write_text(text) for path in (kit / "Annotations").iterdir()]
 
 
 def shifted_masks(kit):
-    """The val masks show the class after the right one, as after a list with one name more."""
+    """Shift every class in the val masks by one, as a class list with an extra name would."""
     for path in (kit / "SegmentationClass").glob("toy_001[67].png"):
         mask = np.asarray(Image.open(path)) % 255
         data.palette_image(np.where((mask > 0) & (mask < 4), mask + 1, 1 * (mask > 0))).save(path)
@@ -2185,7 +2190,7 @@ BAD_KIT = {  # case: file, its new content (None: none), kind, name at the end o
     "no list": (LIST, None, "missing", LIST),
     "empty list": (LIST, b"\r\n \n", "list", LIST),
     "list in UTF-16": (LIST, b"\xff\xfe\x00", "encoding", LIST),
-    "id that climbs": (LIST, b"../../etc/passwd\n", "list", LIST),
+    "id with ../": (LIST, b"../../etc/passwd\n", "list", LIST),
     "ids in folders": (LIST, b"toy_0003\na/toy_0001\nb/toy_0001\n", "list", LIST),
     "id without image": (JPG, None, "missing", JPG),
     "id without XML": (XML, None, "missing", XML),
@@ -2198,8 +2203,8 @@ BAD_KIT = {  # case: file, its new content (None: none), kind, name at the end o
     "XML with a namespace": (XML, SPACE, "xml", XML),
     "XML that is a web page": (XML, PAGE.encode(), "xml", XML),
     "XML in cp1252": (XML, tagged("größe").encode("cp1252"), "encoding", XML),
-    "web pages alone": (each_xml(PAGE), None, "several", "16 files"),
-    "photo of no byte": (JPG, b"", "image", JPG),
+    "nothing but web pages": (each_xml(PAGE), None, "several", "16 files"),
+    "photo of zero bytes": (JPG, b"", "image", JPG),
     "photo that is text": (JPG, b"hello" * 100, "image", JPG),
     "photo of 1x1": (JPG, empty("RGB", (1, 1), "JPEG"), "size", JPG),
     "photo cut short": (JPG, half, "image", JPG),
@@ -2214,7 +2219,7 @@ BAD_KIT = {  # case: file, its new content (None: none), kind, name at the end o
     "masks shifted by a class": (shifted_masks, None, "masks", "kit"),
     "val photo cut short": (VAL_JPG, half, "image", VAL_JPG),
     "val XML cut short": (VAL_XML, b"<annotation>", "xml", VAL_XML),
-    "two classes of one name": ("classes.txt", b"a\na\n", "classes", "classes.txt"),
+    "two classes with the same name": ("classes.txt", b"a\na\n", "classes", "classes.txt"),
     "a class named background": ("classes.txt", b"disc\nBackground\n", "classes", "kit"),
     "255 classes": ("classes.txt", NUMBERED, "classes", "classes.txt"),
     "the same tags everywhere": (each_xml(tagged("disc")), None, "tags", "kit"),
@@ -2241,7 +2246,7 @@ def test_broken_devkits_are_refused_by_name_before_training(case, kit, tmp_path,
 
 
 def beside(folder, name, ending=".png", mode="P"):
-    """A picture with a content of its own, beside the photos of an album."""
+    """Add a picture with unique content to a folder."""
     folder.mkdir(exist_ok=True)
     image = Image.new(mode, (97, 97))
     image.putpixel((0, 0), len(name))
@@ -2249,14 +2254,14 @@ def beside(folder, name, ending=".png", mode="P"):
 
 
 def mask_folder(album):
-    """img_dir/ann_dir, as mmsegmentation wants it."""
+    """Add img_dir and ann_dir to an album, as in mmsegmentation's layout."""
     for name in ("street", "streets", "the street"):
         beside(album / "img_dir", name, ".jpg", "RGB")
         beside(album / "ann_dir", name)
 
 
 def folders(names, file):
-    """A way to break an album: new folders, each with a file of a content of its own."""
+    """Return a function that breaks an album: it adds folders, each with one unique file."""
 
     def make(album):
         for n, name in enumerate(names):
@@ -2267,7 +2272,7 @@ def folders(names, file):
 
 
 def only(*names):
-    """A way to break an album: nothing but these is left in it."""
+    """Return a function that breaks an album: it removes everything but these names."""
 
     def empty_out(album):
         for path in album.iterdir():
@@ -2285,7 +2290,7 @@ BAD_ALBUM = {  # case: how to break it, kind, name in the path
     "no folder": (shutil.rmtree, "missing", "album"),
     "no photo": (only(), "empty", "album"),
     "a class called void": (renamed("void"), "classes", "album"),
-    "a line end in a class": (renamed("di\nsc"), "classes", "album"),
+    "a line break in a class name": (renamed("di\nsc"), "classes", "album"),
     "255 folders": (folders([f"class{n}" for n in range(255)], "a.jpg"), "classes", "album"),
     "an unlisted class": (lambda a: (a / "classes.txt").write_text("cross"), "tags", "classes.txt"),
     "two photos of one name": (lambda a: beside(a, "nothing", ".jpg", "RGB"), "names", "album"),
@@ -2343,7 +2348,7 @@ def test_bad_values_are_named_in_one_line(line, toy, tmp_path, capsys):
 
 
 def spoilt_checkpoints(good, evil):
-    """{what is wrong: the content of such a checkpoint}, from a good one's state."""
+    """Return {name of the fault: spoilt checkpoint}, made from the state of a good one."""
     cases = {"pickle": {"model": evil}, "tensor": torch.ones(3), "another's": {"x": 1}}
     cases |= {f"no {name}": without(good, name) for name in good}
     w = good["model"]["cam.weight"]
@@ -2408,13 +2413,13 @@ def test_changed_bits_and_packed_files_are_found(finished, tmp_path):
     for record in zipfile.ZipFile(io.BytesIO(whole)).infolist():
         header = whole[record.header_offset :][:30]
         lengths = [int.from_bytes(header[n:][:2], "little") for n in (26, 28)]  # name, extra
-        start = record.header_offset + 30 + sum(lengths)  # behind the record's own header
+        start = record.header_offset + 30 + sum(lengths)  # after the record's header
         at = start + rng.randrange(record.file_size)
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :])
         assert refused(data.load, path).path == str(path)
     torch.save({"x": torch.zeros(250_000)}, path)
     data.load(path)
-    # a file that unpacks to more than it weighs
+    # a compressed file, which unpacks to more bytes than it has
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
         for record in old.infolist():
             new.writestr(record.filename, old.read(record))
@@ -2423,7 +2428,7 @@ def test_changed_bits_and_packed_files_are_found(finished, tmp_path):
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
 def test_pipes_and_devices_are_refused_by_name(make, kit, copied, tmp_path):
-    """Within seconds: nothing waits for a pipe or reads for ever; nor is one replaced."""
+    """No call waits for a pipe, reads a device for ever, or replaces either of them."""
     before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
     signal.alarm(10)
     for name in (LIST, XML, JPG, "classes.txt", MASK):
@@ -2451,7 +2456,7 @@ def test_pipes_and_devices_are_refused_by_name(make, kit, copied, tmp_path):
 
 
 def mutate(content, rng):
-    """A few bytes changed, cut, doubled or inserted."""
+    """Return the content with a few bytes changed, cut, doubled or inserted."""
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(content) + 1)
         n = rng.choice((1, 1, 1, 2, 4, 16))
@@ -2462,7 +2467,7 @@ def mutate(content, rng):
 
 
 def test_ten_thousand_mutated_files(kit):
-    """XML, lists, JPEGs and PNGs are loaded, or refused by name; anything else raises."""
+    """XML, lists, JPEGs and PNGs are read, or an InputError names the file."""
     rng = random.Random(1)
     names = VOC(kit, "train").class_names
     for name, reader, kinds in (
@@ -2496,7 +2501,7 @@ def test_control_characters_never_reach_the_terminal(name, copied, toy, tmp_path
         assert text.count("\n") == 1 and text[:-1].isprintable()
 
 
-# ---- photos of one's own -------------------------------------------------------------------------
+# ---- photos of the user -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -2528,7 +2533,7 @@ def test_a_folder_for_each_class_is_a_training_set(album, kit):
 
 
 def areas_in(path):
-    """The rows of an areas.csv, without the heading."""
+    """Return the rows of an areas.csv without its header."""
     return list(csv.reader(io.StringIO(path.read_text("utf-8-sig"))))[1:]
 
 
@@ -2669,7 +2674,7 @@ def test_files_that_are_not_used_are_counted_by_their_ending(album, copied, toy,
     beside(album / "v1.png", "disc", ".jpg", "RGB")
     names = data.Photos(album).class_names
     assert "masks" not in names and "v1.png" in names and counted(capsys) == {".jpg": 1}
-    # what sgseg.py writes beside a photo is none; others of such a name are
+    # PHOTO_stages.png beside PHOTO is not a photo; other files with such names are
     cross = next((album / "cross").glob("*.JPG"))
     n = len(data.Photos(album).ids)
     beside(album / "cross", f"{cross.stem}_stages", mode="RGB")
@@ -2757,7 +2762,7 @@ def test_every_orientation_is_turned_upright(kind):
         assert np.array_equal(read_image(Image.open(io.BytesIO(content))), want)
 
 
-@pytest.mark.filterwarnings("error")  # what Pillow warns of is not shown
+@pytest.mark.filterwarnings("error")  # Pillow's warnings must not be shown
 def test_odd_exif_values_and_long_texts_do_not_spoil_a_photo():
     content = with_exif("JPEG", 6, odd=True)
     damaged = with_exif("JPEG", 6).replace(b"Exif\0\0MM", b"Exif\0\0XX")
@@ -2802,7 +2807,7 @@ def segment(run, *words):
 
 
 def test_segment_writes_a_palette_mask_of_the_photos_own_size(copied, tmp_path):
-    """With turned pixels (EXIF), once. The bias of objects may be another than in training."""
+    """The EXIF orientation is applied exactly once. --object-bias may differ from training."""
     (tmp_path / "p.jpg").write_bytes(with_exif("JPEG", 6))
     shares = []
     for bias in (-9, 0.75, 9):
@@ -2895,7 +2900,7 @@ def test_the_four_stages_of_a_photo_without_training(desk, capsys):
     before = target.read_bytes()
     (desk / "bad.jpg").unlink()
     (desk / "p.png").unlink()
-    assert sgseg.main(argv) == 0  # its own pictures are no photos, and are replaced
+    assert sgseg.main(argv) == 0  # it replaces its own pictures and never reads them as photos
     assert target.read_bytes() == before
     target.write_bytes(photo.read_bytes())  # somebody else's file stays
     assert sgseg.main([str(photo), "--tag", "cat"]) == 2
@@ -2937,7 +2942,7 @@ ELSEWHERE = {"onnx", "onnxruntime", "torchvision", "pandas", "tensorboard", "pyc
 
 
 def imported(code):
-    """The names of the packages that a text imports."""
+    """Return the names of the packages that some code imports."""
     found = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
@@ -2954,7 +2959,7 @@ def test_imports_are_torch_numpy_pillow_and_the_standard_library():
 
 
 def help_of(main, capsys):
-    """What --help prints, without spaces."""
+    """Return the text of --help without spaces."""
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
@@ -2981,7 +2986,7 @@ DOCUMENTS = ("README.md", "docs/EXTENDING.md")
 
 
 def document(name):
-    """The text of a document, which may not be written yet."""
+    """Return the text of a document, or "" if it does not exist yet."""
     path = HERE / name
     return path.read_text() if path.exists() else ""
 
@@ -3017,7 +3022,7 @@ def test_links_point_at_what_they_name(name):
 
 @pytest.fixture
 def reader(finished, kit, imagenet, tmp_path, monkeypatch):
-    """The folder of somebody who tries what the documents say: photos, runs and a devkit in it."""
+    """A folder with photos, runs and a devkit, as the examples in the documents assume."""
     desk = tmp_path / "reader"
     picture, _ = data.toy_picture(np.random.default_rng(0), 97)
     for name in ("photo.jpg", "docs/cat.jpg"):
@@ -3079,7 +3084,7 @@ def test_commands_of_the_documents_are_understood(reader):
 
 @pytest.mark.skipif(not (HERE / "docs/walkthrough.ipynb").exists(), reason="not written yet")
 def test_the_code_of_the_notebook_runs(tmp_path, monkeypatch):
-    """Cell by cell in one namespace, where the notebook lies; nothing but torch, numpy, pillow."""
+    """Run all cells in one namespace in docs/; they import only torch, numpy and Pillow."""
     docs = Path(shutil.copytree(HERE / "docs", tmp_path / "docs"))
     for name in MODULES:
         shutil.copy(HERE / name, tmp_path)
@@ -3089,7 +3094,7 @@ def test_the_code_of_the_notebook_runs(tmp_path, monkeypatch):
     assert imported("\n".join(cells)) <= known | set(sys.stdlib_module_names)
     monkeypatch.chdir(docs)
     monkeypatch.syspath_prepend(HERE)
-    # the toy run: of eight pictures, and of one epoch a round
+    # shorten the toy run to eight pictures and one epoch per round
     main = train.main
     few = ("--warmup", "1", "--epochs", "1", "--min-steps", "1")
     monkeypatch.setattr(train, "main", lambda argv: main([*argv, *few]))
@@ -3121,7 +3126,7 @@ def test_the_scripts_in_docs_compute_what_they_say(monkeypatch):
 
 
 def test_a_run_becomes_one_page_that_runs_nothing(kit, tmp_path, monkeypatch, capsys):
-    """Whole by itself; names of classes and photos are text in it."""
+    """The page is self-contained, and names of classes and photos are escaped."""
     for path in [kit / "classes.txt", *(kit / "Annotations").iterdir()]:
         name = "<b>x</b>" if path.suffix == ".txt" else "&lt;b&gt;x&lt;/b&gt;"
         path.write_text(path.read_text().replace("disc", name))

@@ -1,8 +1,8 @@
-"""Train: image tags in, dense pseudo labels and a segmentation network out.
+"""Train a segmentation network, and make dense pseudo labels, from image tags.
 
-    python train.py                                     the built-in toy set, about a minute
-    python train.py --voc PATH                          a VOC devkit
-    python train.py --photos DIR                        photos in folders of their class, DIR/cat
+    python train.py                                     train on the built-in toy set, a minute
+    python train.py --voc PATH                          train on a VOC devkit
+    python train.py --photos DIR                        train on photos in class folders, DIR/cat
     python train.py --out RUN --resume                  continue an interrupted run
     python train.py --eval RUN                          score a run again
     python train.py --out RUN --segment PHOTO.jpg ...   masks for your own photos
@@ -68,37 +68,41 @@ class Config:
     weights: str = option("auto", "ImageNet weights: auto (the backbone's own), none, or a file")
     # schedule
     warmup: int = option(
-        0, "epochs of L_cls before round 1; needed without ImageNet weights", "tuned", 0
+        0, "epochs on L_cls alone before round 1; needed without ImageNet weights", "tuned", 0
     )
     rounds: int = option(2, "rounds of refine and update before the last refine", "tuned", 0, 1000)
-    epochs: int = option(8, "epochs of an update", "tuned", 1, 10_000)
-    min_steps: int = option(3, "fewest steps in an epoch; small sets repeat", "tuned", 1, 10_000)
-    batch: int = option(16, "images in a step", "our choice", 1, 10_000)
+    epochs: int = option(8, "epochs per update", "tuned", 1, 10_000)
+    min_steps: int = option(
+        3, "minimum number of steps per epoch; small sets are repeated", "tuned", 1, 10_000
+    )
+    batch: int = option(16, "images per step", "our choice", 1, 10_000)
     lr: float = option(
-        0.003, "learning rate; 10 times as high for heads on ImageNet weights", "tuned", 1e-9, 10
+        0.003, "learning rate; the heads' is 10 times this with ImageNet weights", "tuned", 1e-9, 10
     )
     # sizes
     crop: int = option(257, "side of a training crop, 16n+1", "our choice", 17, 4097)
     size: int = option(500, "long side of photos when refining and segmenting", "VOC's", 17, 8192)
-    scale: tuple = option((0.5, 1.0), "random scale of --size in training", "our choice", 0.01, 100)
+    scale: tuple = option(
+        (0.5, 1.0), "range of random multiples of --size in training", "our choice", 0.01, 100
+    )
     # method
-    affinity: bool = option(True, "stage 2, affinity guidance")
-    self_guided: bool = option(True, "stage 3, in refining and segmenting")
+    affinity: bool = option(True, "use stage 2, affinity guidance")
+    self_guided: bool = option(True, "use stage 3 when refining and segmenting")
     strength: tuple = option(
-        (refine.STRENGTH, 10.0), "lambda of the affinity: round 1, later rounds", "tuned", 0, 1e6
+        (refine.STRENGTH, 10.0), "lambda of stage 2 in round 1 and in later rounds", "tuned", 0, 1e6
     )
     radius: int = option(refine.RADIUS, "radius of the guided filter in cells", "tuned", 0, 10_000)
     eps: float = option(refine.EPS, "eps of the guided filter", "tuned", 1e-9, 1e6)
-    lo: float = option(refine.LO, "background where every map is below it", "tuned", 0, 1)
+    lo: float = option(refine.LO, "pixels are background if all maps are below it", "tuned", 0, 1)
     hi: float = option(
-        refine.HI, "a class where its map reaches it; last refine: (lo + hi) / 2", "tuned", 0, 1
+        refine.HI, "pixels get a class whose map reaches it; last: (lo + hi) / 2", "tuned", 0, 1
     )
     object_bias: float = option(
-        0.75, "advantage of objects over background in logits when segmenting", "tuned", -100, 100
+        0.75, "added to the logits of all objects when segmenting", "tuned", -100, 100
     )
     supervised: bool = option(False, "train on the true masks, to measure the upper bound")
     # machine
-    seed: int = option(0, "of weights, order and augmentation", "", 0, 2**31)
+    seed: int = option(0, "random seed of weights, order and augmentation", "", 0, 2**31)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     workers: int = option(-1, "threads that read ahead; -1: 4 with CUDA, else 0", "", -1, 1000)
 
@@ -107,7 +111,8 @@ class Config:
 TOY = {"backbone": "tiny", "warmup": 15, "epochs": 4, "lr": 0.1, "crop": 97, "size": 97}
 TOY |= {"scale": (0.75, 1.25), "strength": (5.0, 5.0), "radius": 2, "eps": 1e-3}
 TOY |= {"lo": 0.45, "hi": 0.6, "object_bias": 0.0}
-FREE = ("voc", "photos", "corrected", "out", "device", "workers")  # may change on --resume
+# the options that may change on --resume
+FREE = ("voc", "photos", "corrected", "out", "device", "workers")
 MOMENTUM = 0.9  # of SGD (DeepLab)
 WEIGHT_DECAY = 1e-4  # of SGD (our choice)
 
@@ -128,8 +133,8 @@ def train(run):
     for r in range(1, rounds + 1):
         refine_labels(run, r)  # network fixed, labels change
         update(run, r)  # labels fixed, network changes
-        snapshot(run, r)  # a picture and a score; changes nothing
-    refine_labels(run, rounds + 1)  # the dense annotations
+        snapshot(run, r)  # save, draw and score the network; training does not depend on it
+    refine_labels(run, rounds + 1)  # make the final labels
 
 
 def schedule(cfg, r):
@@ -203,7 +208,7 @@ def fit_cam(run):
 
 
 def minutes_left(run, seconds):
-    """Return an estimate of the rest of a run. seconds: `fit_cam`'s time for one pass over a photo.
+    """Return an estimate of the minutes left. seconds: what one pass of `fit_cam` takes per photo.
 
     Refining a photo takes 2.4 times as long and training on a crop 1.3 times (lite0 on a CPU).
     """
@@ -249,13 +254,13 @@ def ridge(x, t, penalty):
 def label_image(net, image, tags, cfg, r):
     """Return the three maps and the pseudo label of `refine.four_stages` in refine r.
 
-    image: a PIL image; tags (K,). What depends on r is in `schedule`.
+    image: a PIL image; tags (K,). `schedule` gives the settings that depend on r.
     """
     S, _, Z, mid = net.outputs(image)
     I = data.to_tensor(image)[None].to(mid.device)  # (1,3,H,W)
     tagged = tags.nonzero()[:, 0].tolist()
     reads_head, strength, lo, hi = schedule(cfg, r)
-    # `fit_cam` gives the CAM scores a scale of their own; trained heads have none
+    # `fit_cam` gives the scores one scale for all photos; gradient descent does not
     unit = 1.0 if cfg.weights != "none" and not cfg.warmup else None
     localize = refine.head_maps if reads_head else partial(refine.localization_maps, unit=unit)
     guide = partial(refine.affinity_guided, strength=strength)
@@ -303,7 +308,7 @@ def warn_of_lost_classes(run, r, share):
     lost = [name for name, x, n in zip(run.net.label_names, share, tagged) if n and x < 1e-4]
     lost += ["anything but background"] if share[0] > 0.99 else []
     if lost and rank_and_world_size()[0] == 0:
-        advice = "look at panels/ and try another --lo and --hi, or more photos"
+        advice = "look at panels/ and try other values of --lo and --hi, or more photos"
         data.warn(f"refine {r} labels almost no pixel as {', '.join(lost)}: {advice}")
 
 
@@ -314,11 +319,11 @@ def losses(net, x, y, labels):
     """Return L_cls and L_seg of a batch.
 
         L_cls = -mean_bk [y log sigmoid(s) + (1 - y) log sigmoid(-s)]     multi-label soft margin
-        L_seg = mean over pixels with a label of -log softmax(upsample(Z))_label    cross-entropy
+        L_seg = mean over labelled pixels: -log softmax(upsample(Z))_label          cross-entropy
 
     x (B,3,H,W) in [0,1]; y (B,K) in {0,1}; labels (B,H,W) int64, 0..K, or 255 for undecided.
-    Returns two float32 scalars; L_seg is a constant 0 where no pixel is labelled. L_seg reads every
-    fourth pixel: the stride-4 grid, which shares its corners with the image.
+    Returns two float32 scalars; L_seg is the constant 0 if no pixel of the batch is labelled. L_seg
+    reads every fourth row and column of the labels, a grid that shares its corners with the image.
     Source: abstract, sentence 8; the two losses and their plain sum are our choice.
 
     Where gradients flow:
@@ -342,7 +347,9 @@ def losses(net, x, y, labels):
 
 
 def update(run, r):
-    """Minimise L_cls + L_seg on the labels of round r for `epochs` epochs (r = 0: the warm-up).
+    """Minimise L_cls + L_seg on the labels of round r for `epochs` epochs.
+
+    r = 0 is the warm-up: `warmup` epochs without labels, so that only L_cls counts.
 
     SGD with momentum; step n of the N steps of an update has the learning rate lr (1 - n/N)^0.9.
     """
@@ -394,7 +401,8 @@ def update_step(run, net, batch, decay, where):
     if not L.isfinite().all():
         images = " ".join(run.train_set.ids[i] for i in index)
         problem = f"has a loss that is not finite at {where} ({L.tolist()}, images {images})"
-        remedy = f"Start a new run with a lower --lr. {run.folder / 'checkpoint.pt'} is still good"
+        kept = run.folder / "checkpoint.pt"
+        remedy = f"Start a new run with a lower --lr. {kept} holds the last finished epoch"
         raise InputError(run.folder, problem, remedy, "loss")
     run.optimizer.zero_grad()
     (L_cls + L_seg).backward()
@@ -460,7 +468,7 @@ def read_batches(run, r, epoch, parts):
 
 
 def deterministic(wanted):
-    """On CUDA, sum gradients in a fixed order, so that a run can be repeated to the bit."""
+    """Turn CUDA's deterministic algorithms on or off, so that runs can be repeated bit for bit."""
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(wanted, warn_only=True)
         warnings.filterwarnings("ignore", "nll_loss2d_forward")  # affects the printed loss alone
@@ -523,9 +531,10 @@ def stage_panel(run, photos, i, r):
 
 
 def write_masks(run):
-    """Write the labels of the last refine: RUN/masks, RUN/overlays, areas.csv and classes.txt.
+    """Write the last labels: RUN/masks, RUN/overlays, areas.csv and classes.txt.
 
-    Rows of areas.csv: photo, class, share of its pixels; lines of classes.txt: index, name, colour.
+    Rows of areas.csv: photo, class, share of the photo's pixels.
+    Lines of classes.txt: index, name, colour.
     """
     if rank_and_world_size()[0]:
         return
@@ -628,7 +637,7 @@ def summarise(run, C, pixels):
 
 
 def evaluate(run):
-    """Score the head on val and every stage on the training photos: a table and results.json."""
+    """Score the head on val and every stage on the training photos; print and write the scores."""
     if run.epoch < epochs_before(run.cfg, min(2, run.cfg.rounds + 1)):
         raise InputError(run.folder, "has not finished a round", "Use --resume", "unfinished")
     run.net.eval()
@@ -657,10 +666,10 @@ def settings_name(net):
 def print_scores(rows, label_names):
     """Print the table of IoU in %, a row for each stage, a column for each class."""
     if not rows:
-        print_line("no masks, no scores")
+        print_line("nothing was scored: there are no masks")
         return
     print_line("\nIoU in %. train: maps of round 1, thresholded at (lo + hi) / 2.")
-    print_line("labels: on decided pixels only; the column decided is their share.")
+    print_line("labels: on decided pixels only; the column 'decided' is their share.")
     print_line(f"{'':18}  mIoU  decided " + " ".join(f"{name[:5]:>5}" for name in label_names))
     for name, s in rows.items():
         values = [s["miou"], s["decided"], *(s["iou"].get(k) for k in label_names)]
@@ -669,7 +678,7 @@ def print_scores(rows, label_names):
 
 
 def set_options(net, given, scales):
-    """Return a trained network that segments with the options given on the command line."""
+    """Set the options of the command line in a trained network, and return it."""
     net.scales = scales
     net.size = given.get("size", net.size)
     net.object_bias = given.get("object_bias", net.object_bias)
@@ -677,14 +686,14 @@ def set_options(net, given, scales):
 
 
 def evaluate_split(folder, given, split, scales):
-    """Score a trained network on a split of any devkit with its classes; print, write the scores.
+    """Score a trained network on a split of a devkit with the same classes; print and write this.
 
     The file is RUN/results_DEVKIT_SPLIT_SETTINGS.json. Raises InputError.
     """
     net = set_options(SGSeg.load(folder, check(Config(**given)).device), given, scales)
     photos = data.VOC(given["voc"], split)
     if photos.class_names != net.label_names[1:]:
-        problem = "has other classes than the network"
+        problem = "has different classes from the network"
         raise InputError(photos.root, problem, "Give a devkit of the same classes", "classes")
     if not all(photos.mask_paths):
         problem = f"lacks masks for {split}"
@@ -807,7 +816,7 @@ def check_devices(device):
 def runtime_problem(e):
     """Return an InputError for an error of torch that a user can fix, None for any other."""
     if dist.is_initialized() and re.search("gloo|NCCL|Connection (closed|reset)", str(e)):
-        return InputError("another process", "has ended", "See its message, then --resume", "rank")
+        return InputError("another process", "has ended", "Read its message, then resume", "rank")
     if isinstance(e, MemoryError) or re.search("(allocate|out of) memory", str(e)):
         remedy = "Lower --batch, --crop or --size"
         return InputError("the run", "does not fit into memory", remedy, "memory")
@@ -855,7 +864,7 @@ class Run:
         write(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
 
     def log(self, what, **values):
-        """Print a row of numbers and keep it for metrics.jsonl, replacing one of the same epoch."""
+        """Print a row and keep it for metrics.jsonl in place of one of the same kind and epoch."""
         row = {"what": what, "epoch": self.epoch, **values}
         kept = [m for m in self.metrics if (m["what"], m["epoch"]) != (what, self.epoch)]
         self.metrics = [*kept, row]
@@ -880,7 +889,7 @@ def format_value(value):
 
 
 def identity(run):
-    """Return what must be the same when a run is resumed."""
+    """Return the properties of the data that must not change when a run is resumed."""
     return run.train_set.identity() | {"corrected": [run.train_set.ids[i] for i in run.corrected]}
 
 
@@ -927,7 +936,7 @@ def scan_data(cfg, train_set, val_set):
 
 
 def build_network(cfg, class_names, initialize):
-    """Return the seeded network on its device, with ImageNet weights and frozen layers."""
+    """Return the network on its device, initialised from the seed, or with ImageNet weights."""
     torch.manual_seed(cfg.seed)
     if cfg.device.startswith("cuda:"):
         torch.cuda.set_device(cfg.device)
@@ -970,9 +979,9 @@ def read_corrected(folder, photos):
                 raise InputError(path, problem, remedy, "corrected")
         corrected[i] = path
     if not corrected:
-        raise InputError(folder, "holds no mask NAME.png", "Correct --corrected", "corrected")
+        raise InputError(folder, "holds no mask NAME.png", "Check --corrected", "corrected")
     names = " ".join(photos.ids[i] for i in corrected)
-    print_line(f"corrected labels: {len(corrected)}: {names}")
+    print_line(f"{len(corrected)} corrected masks: {names}")
     return corrected
 
 
@@ -1004,7 +1013,7 @@ def load_run(folder, given=None, lock=True):
     state = data.load(path)
     with as_input_error(path, "is not a checkpoint of this version", "Start a new --out", "model"):
         own = {f.name: state["config"][f.name] for f in fields(Config)}
-        # results repeat to the bit on the same kind of device only
+        # results are the same bit for bit only on the same kind of device
         device = {"device": "cpu" if own["device"] == "cpu" else "auto"}
         cfg = check(Config(**own | device | given | {"out": str(folder)}))
         saved = {what: state["data"][what] for what in ("classes", "ids", "tags", "corrected")}
@@ -1020,7 +1029,7 @@ def load_run(folder, given=None, lock=True):
     run.lock = held
     for what, value in identity(run).items():
         if value != saved[what]:
-            problem = f"has different {what} than when {folder} was started"
+            problem = f"has changed since {folder} was started: its {what} differ"
             remedy = "Restore them, or start a new --out"
             raise InputError(run.train_set.root, problem, remedy, what)
     with as_input_error(path, "is not a checkpoint of this version", "Start a new --out", "model"):
@@ -1040,7 +1049,7 @@ def lock_folder(folder):
     """
     path = folder / "lock"
     if path.is_symlink() or path.exists() and (not path.is_file() or path.stat().st_size):
-        raise InputError(path, "is not a lock of ours", "Choose another --out", "exists")
+        raise InputError(path, "is not our lock file", "Choose another --out", "exists")
     folder.mkdir(parents=True, exist_ok=True)
     file = open(path, "ab")
     try:
@@ -1048,13 +1057,13 @@ def lock_folder(folder):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         if e.errno in (errno.EACCES, errno.EAGAIN):
-            remedy = "Wait until it has ended"
+            remedy = "Wait until that run has ended"
             raise InputError(folder, "is in use by another run", remedy, "lock") from None
         data.warn(f"{folder} cannot be locked ({e.strerror}): start only one run in it")
     for leftover in list(folder.rglob(".sgseg-*.tmp")):  # of a run that was killed
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
-        elif leftover.parent.name != "segmented":  # --segment may be writing it: it takes no lock
+        elif leftover.parent.name != "segmented":  # there, --segment may write without a lock
             leftover.unlink()
     return file
 
@@ -1062,7 +1071,7 @@ def lock_folder(folder):
 def open_run(folder, given, resume, argv):
     """Return a new or resumed run, in every process: rank 0 writes it, the others then read it."""
     if rank_and_world_size()[0]:
-        all_gather(None)
+        all_gather(None)  # wait until rank 0 has written the run
         return load_run(folder, given, lock=False)
     if resume:
         run = load_run(folder, given)
@@ -1083,7 +1092,8 @@ def check(cfg):
             setattr(cfg, name, os.path.abspath(getattr(cfg, name)))
     for f in fields(Config):
         value = getattr(cfg, f.name)
-        if not isinstance(value, (int, float) if f.type is float else f.type):  # in a checkpoint
+        # the values of a checkpoint may have any type
+        if not isinstance(value, (int, float) if f.type is float else f.type):
             fail(f.name, value, f"Give a value of type {f.type.__name__}")
         low = f.metadata["low"]
         high = f.metadata["high"]
@@ -1127,9 +1137,9 @@ def make_parser():
     jobs = parser.add_mutually_exclusive_group()
     jobs.add_argument("--resume", action="store_true", help="continue the run in --out")
     jobs.add_argument("--eval", metavar="RUN", help="score a run; with --voc, on that devkit")
-    jobs.add_argument("--segment", metavar="PHOTO", nargs="+", help="masks from the run in --out")
-    parser.add_argument("--split", default="val", help="with --eval and --voc: the list [val]")
-    help = "with --segment, --eval: average over scales 0.5 to 1.5"
+    jobs.add_argument("--segment", metavar="PHOTO", nargs="+", help="segment with the run in --out")
+    parser.add_argument("--split", default="val", help="with --eval and --voc: its split [val]")
+    help = "with --segment or --eval: average over scales 0.5 to 1.5"
     parser.add_argument("--multi-scale", action="store_true", help=help)
     for f in fields(Config):
         about = f.metadata

@@ -1,8 +1,8 @@
 """Train our network on other methods' labels: python docs/comparison.py METHOD VOC OUT
 
-The network, weights, photos, steps and scores are those of `python train.py --voc VOC`; only what
-makes the labels differs. All methods read the CAM head in round 1 and the segmentation head
-afterwards, as ours does.
+The network, weights, photos, steps and scores are those of `python train.py --voc VOC`; only the
+labels are made by another method. All methods read the CAM head in round 1 and the segmentation
+head afterwards, as ours does.
 
 Every method, ours included, cuts its maps at a threshold t of its own, chosen anew in each refine:
 the t of GRID at which its labels have the highest mIoU on 60 training photos. The masks of these
@@ -10,7 +10,7 @@ photos are opened for that. Pixels within (hi - lo) / 2 of t are undecided; the 
 all pixels, as in ours.
 
 --from RUN starts from the warm-up of another run. --resume continues a run that was stopped. Dense
-CRF: pip install pydensecrf2. Every method is written here from its paper.
+CRF: pip install pydensecrf2. We reimplemented every method from its paper.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import train
 from data import InputError, as_input_error, print_line
 from sgseg import SGSeg
 
-GRID = [t / 100 for t in range(15, 75, 5)]  # of t; its least is half of hi - lo
+GRID = [t / 100 for t in range(15, 75, 5)]  # values of t; the smallest is (hi - lo) / 2
 TUNING = 60  # photos on which t is chosen
 
 
@@ -41,8 +41,10 @@ TUNING = 60  # photos on which t is chosen
 
 
 def with_pamr(maps, image):
-    """Stage 3 of the one-stage method (Araslanov & Roth 2020): PAMR at half the image's resolution,
-    which takes a quarter of the time."""
+    """Refine as in stage 3 of the single-stage method (Araslanov & Roth 2020), by PAMR.
+
+    It runs at half the image's resolution, which takes a quarter of the time.
+    """
     half = F.interpolate(image, scale_factor=0.5, mode="area")
     maps = refinement.pamr(refine.upsample(maps, half.shape[-2:]), half)
     return refine.upsample(maps, image.shape[-2:])
@@ -54,8 +56,11 @@ def cut(maps, tagged, image, lo, hi):
 
 
 def cut_by_crf(maps, tagged, image, lo, hi):
-    """Stage 4 of the two-stage method (IRN, Ahn et al. 2019): dense CRF runs twice. On the maps cut
-    at hi it finds the objects, on the maps cut at lo the background; the rest is undecided."""
+    """Return the label by stage 4 of the two-stage method (IRN, Ahn et al. 2019).
+
+    Dense CRF runs twice. It finds the objects on the maps cut at hi, and the background on the maps
+    cut at lo. The rest is undecided.
+    """
     objects = refinement.dense_crf(image, cut(maps, tagged, image, hi, hi))
     if lo == hi:
         return objects
@@ -67,7 +72,7 @@ def cut_by_crf(maps, tagged, image, lo, hi):
 def em(scores, tagged, image, lo, hi):
     """The E-step of EM-Adapt (Papandreou et al. 2015): every pixel is argmax_k (f_k + b_k) among
     background and tags. The biases b are raised until each tag leads on a share of at least t / 2
-    of the image, and background on t. (Theirs is 0.2 and 0.4.)
+    of the image, and background on t. (The paper uses 0.2 and 0.4.)
 
     scores f (1,P+1,H,W), background first.
     """
@@ -80,7 +85,7 @@ def em(scores, tagged, image, lo, hi):
     return index[f.argmax(0)].view(scores.shape[-2:]).to(torch.uint8).numpy()
 
 
-METHODS = {  # whether there is a stage 2, stage 3, stage 4
+METHODS = {  # is stage 2 used?; the functions of stages 3 and 4
     "raw": (False, None, cut),
     "crf": (False, None, cut_by_crf),
     "pamr": (False, with_pamr, cut),
@@ -95,7 +100,7 @@ METHODS = {  # whether there is a stage 2, stage 3, stage 4
 
 
 def prepare(method, net, image, tags, cfg, r):
-    """Return what stage 4 of the method cuts, and the tagged classes (P,).
+    """Return the input of the method's stage 4, and the tagged classes (P,).
 
     That is maps (1,P,H,W), or scores (1,P+1,H,W) for EM.
     """
@@ -169,7 +174,7 @@ def take_warmup(run, other):
         theirs = [config[name] for name in ("backbone", "warmup", "weights")]
     ours = [run.cfg.backbone, run.cfg.warmup, run.cfg.weights]
     if net.label_names != run.net.label_names or theirs != ours:
-        problem = "has other classes, or another backbone, --warmup or --weights, than this run"
+        problem = "differs from this run in its classes, backbone, --warmup or --weights"
         raise InputError(other, problem, "Leave --from out", "option")
     run.net.load_state_dict(net.state_dict())
     run.epoch = run.cfg.warmup
@@ -203,7 +208,7 @@ def run_job(argv):
     parser.add_argument("out", metavar="OUT", help="a new folder for the run")
     parser.add_argument("--from", metavar="RUN", dest="other", help="the run whose warm-up to take")
     parser.add_argument("--resume", action="store_true", help="continue the run in OUT")
-    parser.add_argument("--seed", type=int, default=0, help="[0]")
+    parser.add_argument("--seed", type=int, default=0, help="random seed [0]")
     given = parser.parse_args(argv)
     if given.resume and given.other:
         parser.error("--from belongs to a new run: leave it out with --resume")

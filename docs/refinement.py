@@ -10,7 +10,7 @@ methods in their place. The table (docs/RESULTS.md) has, for every method:
     ms       the time per image
 
 Masks of training photos are opened, for measuring only. Dense CRF is measured if it is installed:
-pip install pydensecrf2. Every other method is written here from its paper.
+pip install pydensecrf2. We reimplemented every other method from its paper.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def peak(C, grid, class_names):
 
 
 def trimap(target, width=5):
-    """Return target (H,W), but 255 further than `width` pixels from a boundary of two labels."""
+    """Return target (H,W) with 255 wherever no boundary lies within `width` pixels."""
     labels = Image.fromarray(target)
     highest = np.asarray(labels.filter(ImageFilter.MaxFilter(3)))
     lowest = np.asarray(labels.filter(ImageFilter.MinFilter(3)))
@@ -229,9 +229,9 @@ def run_job(argv):
     """Print the table of a run. Raises InputError."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("refinement.py", None, __doc__, formatter_class=layout)
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run past its warm-up")
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run after its warm-up")
     parser.add_argument("--voc", metavar="PATH", help="its devkit, if that has moved")
-    parser.add_argument("--images", metavar="N", type=int, default=60, help="[60]")
+    parser.add_argument("--images", metavar="N", type=int, default=60, help="photos to use [60]")
     given = parser.parse_args(argv)
     if given.images < 1:
         parser.error("--images must be at least 1")
@@ -239,7 +239,7 @@ def run_job(argv):
     run = train.load_run(given.run, options, lock=False)
     net = SGSeg.load(given.run / "warmup.pt")
     if not dcrf:
-        print_line("dense CRF is left out: pip install pydensecrf2")
+        print_line("dense CRF is left out because it is not installed: pip install pydensecrf2")
     both = replace(run.cfg, affinity=True, self_guided=True)
     print_table(net, both, run.train_set, given.images)
 

@@ -4,7 +4,7 @@
     python docs/report.py --chart OUT.svg NAME=RUN[,RUN...] ...  draw val mIoU by round
     python docs/report.py --table RUN ...                        print headline figures as markdown
 
-The page is one file that loads nothing. It holds the panels of every round, the losses, the scores,
+The page is one self-contained file. It holds the panels of every round, the losses, the scores,
 the IoU of every class, the share of every label, the ten photos whose last labels are worst (where
 there are masks), and the configuration.
 
@@ -44,7 +44,7 @@ svg text { font: 12px system-ui, sans-serif; fill: #333 }
 """
 # the palette of Okabe and Ito, which the colour-blind can tell apart
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-LOGGED = {  # what is read from each kind of row in metrics.jsonl: name -> highest value
+LOGGED = {  # the fields read from each kind of row in metrics.jsonl: name -> highest value
     "update": {"epoch": 1e7, "L_cls": 1e30, "L_seg": 1e30},
     "labels": {"round": 1001, "undecided": 1},
     "val": {"round": 1000, "val_miou": 1},
@@ -69,7 +69,7 @@ def read_results(folder):
     path = folder / "results.json"
     text = read_text(path)
     results = {}
-    with as_input_error(path, "is not of this version", "Run train.py --eval RUN", "results"):
+    with as_input_error(path, "has another format", "Run train.py --eval RUN", "results"):
         for name, row in json.loads(text).items():
             iou = {k: number(x) for k, x in row["iou"].items()}
             figures = {"miou": number(row["miou"]), "decided": number(row["decided"])}
@@ -85,7 +85,7 @@ def read_metrics(path):
     path = path / "metrics.jsonl" if path.is_dir() else path
     text = read_text(path)
     rows = []
-    with as_input_error(path, "is not of this version", "Give another run", "results"):
+    with as_input_error(path, "has another format", "Give another run", "results"):
         for line in text.splitlines():
             row = json.loads(line)
             if row["what"] in LOGGED:
@@ -117,7 +117,7 @@ def css_colour(k):
 
 
 def picture(image, width=None):
-    """Return a PIL image as an <img> that contains its own JPEG, at most `width` pixels wide."""
+    """Return a PIL image as an <img> with embedded JPEG data, at most `width` pixels wide."""
     if width and image.width > width:
         image = image.resize((width, max(1, round(width * image.height / image.width))))
     file = io.BytesIO()
@@ -157,7 +157,7 @@ def curves(title, lines, unit=1.0):
 
 
 def bars(title, rows, names):
-    """Return a bar chart of {row: {name: IoU}}: for every name a bar of each row."""
+    """Return a bar chart of {row: {name: IoU}}: for every name one bar per row."""
     parts = []
     height = 14 * len(rows) + 8  # of one name's bars
     for n, name in enumerate(names):
@@ -181,7 +181,7 @@ def stacks(metrics):
     for n, row in enumerate(rows):
         y = 40 * n
         x = 60.0
-        parts.append(f'<text x="55" y="{y + 25}" text-anchor="end">refine {row["round"]:g}</text>')
+        parts.append(f'<text x="55" y="{y + 25}" text-anchor="end">labels {row["round"]:g}</text>')
         shares = [*enumerate(row["shares"].items()), (IGNORE, ("undecided", row["undecided"]))]
         for k, (name, share) in shares:
             title = f"<title>{escape(name)} {share:.1%}</title>"
