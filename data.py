@@ -69,24 +69,24 @@ class VOC:
             raise InputError(path, problem, remedy, "devkit")
         self.split = split
         self.class_names = read_classes(self.root, VOC_CLASSES)
-        self.list_path = self._list("train_aug" if split == "train" else split)
+        self.list_path = self._list_path("train_aug" if split == "train" else split)
         if not self.list_path.exists():
-            self.list_path = self._list(split)
+            self.list_path = self._list_path(split)
         self.ids = read_list(self.list_path)
         folder = self.root / "JPEGImages"
-        photos = pictures_in(folder)
+        photos = pictures_by_name(folder)
         self.image_paths = [photos.get(nfc(name), folder / f"{name}.jpg") for name in self.ids]
         self.xml_paths = {nfc(p.stem): p for p in (self.root / "Annotations").glob("*.xml")}
-        masks = pictures_in(self.root / "SegmentationClass", (".png",))
-        masks |= pictures_in(self.root / "SegmentationClassAug", (".png",))
+        masks = pictures_by_name(self.root / "SegmentationClass", (".png",))
+        masks |= pictures_by_name(self.root / "SegmentationClassAug", (".png",))
         self.mask_paths = [masks.get(nfc(name)) for name in self.ids]
 
-    def _list(self, split):
+    def _list_path(self, split):
         return self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
 
-    def has(self, split):
+    def has_split(self, split):
         """Return whether the devkit has a list of this split."""
-        return self._list(split).exists()
+        return self._list_path(split).exists()
 
     def identity(self):
         """Return the properties of the data that must not change when a run is resumed."""
@@ -187,7 +187,7 @@ def devkit_in(path):
 
 def warn_of_lists(train_set, val_set):
     """Warn of a train_aug.txt that leaves out photos of train.txt, and of lists that overlap."""
-    if train_set.list_path.stem == "train_aug" and train_set.has("train"):
+    if train_set.list_path.stem == "train_aug" and train_set.has_split("train"):
         left_out = set(read_list(train_set.list_path.with_name("train.txt"))) - set(train_set.ids)
         if left_out:
             text = f"{train_set.list_path} is used and lacks {len(left_out)} photos of train.txt"
@@ -247,7 +247,7 @@ class Photos(VOC):
             warn(f"{folder} holds {len(masks)} masks that are not named like a photo: {first}")
         return found
 
-    def has(self, split):
+    def has_split(self, split):
         """Return False: a folder of photos has no lists."""
         return False
 
@@ -670,7 +670,7 @@ def photos_of(path):
     return [p for p in pictures if p.name not in stages]
 
 
-def pictures_in(folder, endings=ENDINGS):
+def pictures_by_name(folder, endings=ENDINGS):
     """Return {name without ending: path} of the pictures in a folder, preferring .jpg."""
     paths = photos_of(folder) if folder.is_dir() else []
     paths = [path for path in paths if path.suffix.lower() in endings]
@@ -765,7 +765,7 @@ def remove_specks(label):
     return cleaned
 
 
-def heat(image, M):
+def heatmap(image, M):
     """Return a map M (H,W) in [0,1] drawn over the darkened photo, from blue (0) to red (1)."""
     colour = torch.stack([(1.5 - (4 * M - c).abs()).clamp(0, 1) for c in (3, 2, 1)], 2).numpy()
     grey = np.asarray(image.convert("L"))[:, :, None]
@@ -1114,7 +1114,7 @@ def report(path):
     """
     is_devkit = devkit_in(path) is not None
     sets = [VOC(path, "train") if is_devkit else Photos(path)]
-    if sets[0].has("val"):
+    if sets[0].has_split("val"):
         sets.append(VOC(path, "val"))
         warn_of_lists(*sets)
     what = "a VOC devkit (--voc)" if is_devkit else "photos in folders or tags.csv (--photos)"

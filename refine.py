@@ -62,16 +62,18 @@ def localization_maps(scores, tagged, unit=None):
     return stretch(M, 1e-5) if unit is None else (M / unit).clamp_max(1)
 
 
-def head_maps(logits, tagged, soften=2.0):
-    """Stage 1 from round 2 on. Return softmax(Z / soften)_k over background and tagged classes.
+def head_maps(logits, tagged, temperature=2.0):
+    """Stage 1 from round 2 on. Return softmax(Z / temperature)_k of every tagged class k.
+
+    The softmax runs over the background and the tagged classes.
 
     The segmentation head was trained on the labels of all photos. Their errors partly cancel, so
-    its maps are better than the CAM head's. Dividing by `soften` counteracts its
+    its maps are better than the CAM head's. Dividing by `temperature` counteracts its
     over-confidence.
 
     logits (B,K+1,h,w): Z, background first. tagged (P,): indices of the tagged classes.
     Returns (B,P,h,w) in [0,1]. Raises ValueError as `localization_maps` does.
-    Source: our choice (soften: tuned).
+    Source: our choice (temperature: tuned).
 
     The 9. is the logit of class 0, which has no tag:
 
@@ -80,7 +82,7 @@ def head_maps(logits, tagged, soften=2.0):
     """
     check_tagged(tagged, logits.shape[1] - 1)
     channels = [0, *(int(k) + 1 for k in tagged)]
-    return (logits[:, channels] / soften).softmax(1)[:, 1:]  # (B,P,h,w)
+    return (logits[:, channels] / temperature).softmax(1)[:, 1:]  # (B,P,h,w)
 
 
 def affinity(features, dilations=DILATIONS, temperature=TEMPERATURE):

@@ -80,7 +80,7 @@ class SGSeg(nn.Module):
         self.label_names = ["background", *class_names]  # of Z's channels, indexed by labels
         self.size = size
         self.object_bias = object_bias
-        self.filter = (radius, eps) if self_guided else None
+        self.filter_settings = (radius, eps) if self_guided else None
         self.scales = SCALES[:1]  # `segment` averages over them; all of SCALES is slower
         self.backbone = BACKBONES[backbone]()
         c_mid, c_high = self.backbone.channels
@@ -102,7 +102,7 @@ class SGSeg(nn.Module):
         s = S.float().mean((2, 3))  # (B,K)
         return S, s, self.seg(mid, high), mid
 
-    def input(self, image, scale=1.0):
+    def to_input(self, image, scale=1.0):
         """Return a PIL image as x (1,3,H,W), resized to a long side of about scale * size."""
         x = to_tensor(aligned(image, scale * self.size))[None].to(self.mean.device)
         return x.contiguous(memory_format=torch.channels_last)
@@ -110,7 +110,7 @@ class SGSeg(nn.Module):
     @torch.no_grad()
     def features(self, image):
         """Return F_mid (1,C2,h,w) and F_high (1,C3,h/2,w/2) of a PIL image."""
-        return self.backbone((self.input(image) - self.mean) / self.std)
+        return self.backbone((self.to_input(image) - self.mean) / self.std)
 
     @torch.no_grad()
     def outputs(self, image, scale=1.0):
@@ -121,7 +121,7 @@ class SGSeg(nn.Module):
         """
         if self.training:
             raise ValueError("the network is in training mode: call net.eval() first")
-        x = self.input(image, scale)
+        x = self.to_input(image, scale)
         S, s, Z, mid = self(x)
         S2, s2, Z2, _ = self(x.flip(3))
         return (S + S2.flip(3)) / 2, (s + s2) / 2, (Z + Z2.flip(3)) / 2, mid
@@ -149,8 +149,8 @@ class SGSeg(nn.Module):
         k = Z.argmax(1).unique()  # (P,)
         q = Z.softmax(1)[:, k]  # (1,P,H/8,W/8)
         I = to_tensor(image)[None].to(Z.device)  # (1,3,H,W)
-        if self.filter:
-            return k, refine.self_guided(q, I, *self.filter)[0]
+        if self.filter_settings:
+            return k, refine.self_guided(q, I, *self.filter_settings)[0]
         return k, refine.upsample(q, I.shape[-2:])[0]
 
     def segment(self, image):
@@ -423,7 +423,9 @@ def load_imagenet(backbone, source="auto"):
         shape = getattr(state.get(key), "shape", "missing")
         wanted = shapes.get(key, "absent")
         if shape != wanted:
-            problem = f"does not fit {type(backbone).__name__}: {key} is {shape}, expected {wanted}"
+            problem = (
+                f"does not fit {type(backbone).__name__}: {key} is {shape}, but should be {wanted}"
+            )
             raise InputError(source, problem, "Give other weights", "weights")
     backbone.load_state_dict(check_finite(state, source))
 
@@ -467,7 +469,7 @@ IMAGENET = {  # VOC class -> its ImageNet indices (our choice; ImageNet has no c
     "train": [466, 547, 705, 820, 829],
     "tvmonitor": [527, 664, 782, 851],
 }
-NUMBERS = {  # options of `python sgseg.py`: default, type, lowest and highest value
+STAGE_OPTIONS = {  # options of `python sgseg.py`: default, type, lowest and highest value
     "strength": (refine.STRENGTH, float, 0, 1e6),
     "walk_steps": (refine.WALK_STEPS, int, 0, 10_000),
     "temperature": (refine.TEMPERATURE, float, 0.03, 1e6),
@@ -482,8 +484,9 @@ NUMBERS = {  # options of `python sgseg.py`: default, type, lowest and highest v
 def imagenet_network():
     """Return an SGSeg of ImageNet's 1000 classes, and their biases (1000,).
 
-    Its CAM head is ImageNet's own classifier, with the mean of all w subtracted from each w_k: a
-    score then says how much more a place looks like class k than like an average class.
+    Its CAM head is the ImageNet classifier of the network, with the mean of all w subtracted from
+    each w_k: a score then says how much more a location looks like class k than like an average
+    class.
     Raises InputError.
     """
     net = SGSeg([str(k) for k in range(1000)]).eval().requires_grad_(False)
@@ -512,7 +515,7 @@ def imagenet_scores(image, tag=None):
     return S[:, group].mean(1, keepdim=True), mid, name, group
 
 
-def stages_with(S, mid, I, strength, walk_steps, temperature, floor, radius, eps, lo, hi):
+def run_stages(S, mid, I, strength, walk_steps, temperature, floor, radius, eps, lo, hi):
     """Run `refine.four_stages` on the scores S (1,1,h,w) of one class with these settings."""
 
     def guide(maps, features):
@@ -523,7 +526,7 @@ def stages_with(S, mid, I, strength, walk_steps, temperature, floor, radius, eps
     return refine.four_stages(S, mid, I, [0], stages, lo, hi, floor)
 
 
-def affinity_picture(features, i, temperature=refine.TEMPERATURE):
+def affinity_map(features, i, temperature=refine.TEMPERATURE):
     """Return a map (1,1,h,w) of the affinity of pixel i to its neighbours, scaled to at most 1."""
     A, index = refine.affinity(features, temperature=temperature)  # (1,hw,N), (hw,N)
     near = torch.zeros(features.shape[2] * features.shape[3])
@@ -538,31 +541,31 @@ def stage_rows(image, tag=None, settings=({},)):
     """Return rows {caption: picture} of the four stages on a PIL image, and the class shown.
 
     A row: photo | localization map | affinity of its maximum | + affinity | + self-guided | pseudo
-    label | colour bar. settings: for each row, the numbers that differ from NUMBERS' defaults.
+    label | colour bar. settings: for each row, the options that differ from the defaults.
     """
     S, mid, name, group = imagenet_scores(image, tag)
     I = to_tensor(image)[None]
     rows = []
     for changed in settings:
-        numbers = {key: default for key, (default, *_) in NUMBERS.items()} | changed
-        *maps, label = stages_with(S, mid, I, **numbers)
-        maps.insert(1, affinity_picture(mid, int(maps[0].argmax()), numbers["temperature"]))
+        numbers = {key: default for key, (default, *_) in STAGE_OPTIONS.items()} | changed
+        *maps, label = run_stages(S, mid, I, **numbers)
+        maps.insert(1, affinity_map(mid, int(maps[0].argmax()), numbers["temperature"]))
         row = {" ".join(f"{k} {v:g}" for k, v in changed.items()) or name: image}
         captions = ("localization map", "affinity of its maximum", "+ affinity", "+ self-guided")
         for caption, M in zip(captions, maps):
-            row[caption] = data.heat(image, refine.upsample(M, I.shape[-2:])[0, 0])
+            row[caption] = data.heatmap(image, refine.upsample(M, I.shape[-2:])[0, 0])
         row["pseudo label"] = data.overlay(image, label[0].numpy())
         bar = torch.linspace(1, 0, image.height)[:, None].expand(-1, image.width)
-        row["from 1 to 0"] = data.heat(Image.new("L", image.size), bar)
+        row["from 1 to 0"] = data.heatmap(Image.new("L", image.size), bar)
         rows.append(row)
     return rows, f"{name} (ImageNet class {' '.join(map(str, group))})"
 
 
 def parse_numbers(parser, given):
     """Return the `settings` of `stage_rows`: one row, or one for each value of an option."""
-    chosen = {name: getattr(given, name) for name in NUMBERS if getattr(given, name)}
+    chosen = {name: getattr(given, name) for name in STAGE_OPTIONS if getattr(given, name)}
     for name, values in chosen.items():
-        _, _, low, high = NUMBERS[name]
+        _, _, low, high = STAGE_OPTIONS[name]
         if not all(math.isfinite(v) and low <= v <= high for v in values):
             parser.error(f"--{name.replace('_', '-')} must lie between {low} and {high}")
     several = [name for name, values in chosen.items() if len(values) > 1]
@@ -578,12 +581,12 @@ def parse_numbers(parser, given):
 
 def main(argv=None):
     """Run `python sgseg.py`; return the exit status, 2 if a photo could not be read."""
-    about = "Write PHOTO_stages.png: the four stages, with ImageNet's own classifier."
+    about = "Write PHOTO_stages.png: the four stages, with the ImageNet classifier."
     parser = argparse.ArgumentParser("sgseg.py", description=about)
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="photos, or folders of photos")
     words = f"{', '.join(IMAGENET)}, or an ImageNet index from 0 to 999"
     parser.add_argument("--tag", help=f"the class to show: {words} [the classifier's choice]")
-    for name, (default, kind, *_) in NUMBERS.items():
+    for name, (default, kind, *_) in STAGE_OPTIONS.items():
         help = f"one value, or several to draw a row for each [{default}]"
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+", help=help)
     given = parser.parse_args(argv)

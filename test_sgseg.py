@@ -129,7 +129,7 @@ def copied(finished, tmp_path):
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def product(run):
+def run_outputs(run):
     """Return all that must be the same whether or not a run was stopped: weights, labels, ..."""
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -151,12 +151,12 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def differing(a, b):
+def differing_outputs(a, b):
     """The names of the parts in which two products differ."""
     return [name for name in a if not same(a[name], b[name])]
 
 
-def complaint(capsys):
+def error_line(capsys):
     """Return the only line on stderr that is not a warning."""
     lines = capsys.readouterr().err.strip().splitlines()
     faults = [line for line in lines if not line.startswith("warning: ")]
@@ -189,7 +189,7 @@ def interrupt_at_step(n, monkeypatch):
     monkeypatch.setattr(train, "update_step", interrupted)
 
 
-def tagged(*names):
+def annotation(*names):
     """Return the XML of an annotation with these objects."""
     objects = "".join(f"<object><name>{name}</name></object>" for name in names)
     return f"<annotation>{objects}</annotation>"
@@ -205,39 +205,41 @@ def docs_module(name):
 
 # child processes: forked from a clean process in which torch is already imported
 
-CLEAN = multiprocessing.get_context("forkserver")
-CLEAN.set_forkserver_preload(["test_sgseg", "torch._dynamo"])  # SGD imports it in its first step
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(
+    ["test_sgseg", "torch._dynamo"]
+)  # SGD imports it in its first step
 
 
-def train_alone(argv, prepare=None, *args):
+def train_in_child(argv, prepare=None, *args):
     """In the child: call prepare(*args), then run the command line."""
     if prepare:
         prepare(*args)
     return train.main(argv)
 
 
-def script_alone(argv):
+def script_in_child(argv):
     """In the child: run python SCRIPT ARGUMENT ..."""
     sys.argv = argv
     runpy.run_path(argv[0], run_name="__main__")
 
 
-def logged(log, job, *args):
+def run_logged(log, job, *args):
     """In the child: run a job and write its output to files."""
     sys.stdout = open(f"{log}.out", "w")
     sys.stderr = open(log, "w")
     sys.exit(job(*args))
 
 
-def alone(log, job, argv, *args):
+def start_child(log, job, argv, *args):
     """Start a job in a child process; stderr goes to log, stdout to log.out. Return the process."""
     argv = [str(word) for word in argv]
-    process = CLEAN.Process(target=logged, args=(str(log), job, argv, *args))
+    process = FORKSERVER.Process(target=run_logged, args=(str(log), job, argv, *args))
     process.start()
     return process
 
 
-def ended(process, seconds=60):
+def exit_status(process, seconds=60):
     """Wait for a process and return its exit status, or None if it hangs (then kill it)."""
     process.join(seconds)
     status = process.exitcode
@@ -563,7 +565,7 @@ def test_pseudo_labels_by_hand():
     "stage, channels, K",
     [(refine.localization_maps, 4, 4), (refine.head_maps, 5, 4), (refine.pseudo_labels, 1, 254)],
 )
-def test_stages_refuse_what_is_not_distinct_class_indices(stage, channels, K):
+def test_stages_reject_tags_that_are_not_distinct_class_indices(stage, channels, K):
     """Reject (B,K) and (K,) tags in {0,1}, classes that do not exist, floats and booleans."""
     for wrong in ([[0, 1, 0, 0]], [0, 1, 0, 1], [K], [-1], [0.5], [1.0], [True]):
         for tagged in (wrong, torch.tensor(wrong)):
@@ -571,7 +573,7 @@ def test_stages_refuse_what_is_not_distinct_class_indices(stage, channels, K):
                 stage(torch.rand(1, channels, 3, 3), tagged)
 
 
-def test_stages_refuse_other_sizes_and_numbers_out_of_range():
+def test_stages_reject_mismatched_sizes_and_numbers_out_of_range():
     M = torch.rand(1, 2, 6, 5)
     f = torch.randn(1, 4, 6, 5)
     I = torch.rand(1, 3, 6, 5)
@@ -635,7 +637,7 @@ def test_a_photo_without_a_tag_is_all_background(stages):
         assert label.shape == (1, 65, 49) and not label.any() and label.dtype == torch.uint8
 
 
-def test_gradients_of_the_stages_are_right():
+def test_gradients_of_the_stages_match_finite_differences():
     torch.manual_seed(0)
     leaf = {"dtype": torch.float64, "requires_grad": True}
     M = torch.rand(1, 1, 4, 4, **leaf)
@@ -651,7 +653,7 @@ def test_gradients_of_the_stages_are_right():
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_grids_channels_and_the_mean_score(name):
+def test_every_backbone_has_the_right_grids_channels_and_image_score(name):
     """Scoring the mean feature equals averaging the scores."""
     net = SGSeg(NAMES, name, size=97).eval()
     x = torch.rand(2, 3, 97, 65)
@@ -667,7 +669,7 @@ def test_grids_channels_and_the_mean_score(name):
     assert shapes == [(1, c_mid, 13, 9), (1, c_high, 7, 5)]
 
 
-def test_the_network_refuses_what_is_not_an_image():
+def test_the_network_rejects_invalid_images():
     x = torch.full((1, 3, 33, 33), 0.5)
     wrong = (200 * x, x.to(torch.uint8), x[:, :1], x.permute(0, 2, 3, 1), x[0], -x, x * math.nan)
     for image in wrong:
@@ -676,7 +678,7 @@ def test_the_network_refuses_what_is_not_an_image():
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_losses_under_autocast_are_finite_and_a_network_is_exported(name, tmp_path):
+def test_losses_under_autocast_are_finite_and_lite0_is_exported(name, tmp_path):
     """On CUDA the update runs under autocast to bfloat16; this test does so on the CPU."""
     net = SGSeg(NAMES, name).train()
     labels = torch.randint(0, 5, (2, 33, 33))
@@ -785,8 +787,8 @@ def test_outputs_are_averaged_with_those_of_the_mirror_image(toy):
     for u, v in zip(a[:3], b[:3]):
         assert torch.allclose(u, v.flip(3) if u.ndim == 4 else v, atol=1e-5)
     with torch.no_grad():
-        S, _, _, F_mid = net(net.input(image))
-        S2 = net(net.input(image).flip(3))[0]
+        S, _, _, F_mid = net(net.to_input(image))
+        S2 = net(net.to_input(image).flip(3))[0]
     assert torch.equal(a[0], (S + S2.flip(3)) / 2) and a[0].shape == (1, 4, 7, 7)
     assert torch.equal(a[3], F_mid) and a[3].shape[2] == 13  # F_mid is the image's own
 
@@ -866,7 +868,7 @@ def test_segment_refuses_over_255_labels_and_training_mode():
     assert same(dict(net.state_dict()), before)  # BatchNorm's statistics included
 
 
-def test_a_network_is_exported_loaded_and_halved(finished, toy, tmp_path):
+def test_a_network_is_saved_and_loaded_in_full_and_half_precision(finished, toy, tmp_path):
     net = SGSeg.load(finished)
     state = torch.load(finished / "model.pt", weights_only=True)
     assert set(state) == {"config", "model"} and not net.training
@@ -1038,14 +1040,14 @@ def test_undecided_pixels_give_no_gradient(monkeypatch):
     assert all(p.grad is not None for p in [*net.seg.parameters(), *net.backbone.parameters()])
 
 
-def test_defaults_are_refines_constants_and_follow_them(monkeypatch):
+def test_defaults_are_the_constants_of_refine(monkeypatch):
     def check(constants, train_module, sgseg_module):
         cfg = train_module["Config"]()
         assert (cfg.strength[0], cfg.radius, cfg.eps, cfg.lo, cfg.hi) == constants
         network = sgseg_module["SGSeg"](NAMES, "tiny").config
         for name in ("size", "object_bias", "radius", "eps", "self_guided"):
             assert network[name] == getattr(cfg, name)
-        for name, (default, *_) in sgseg_module["NUMBERS"].items():
+        for name, (default, *_) in sgseg_module["STAGE_OPTIONS"].items():
             assert default == getattr(refine, name.upper())
 
     constants = (refine.STRENGTH, refine.RADIUS, refine.EPS, refine.LO, refine.HI)
@@ -1101,7 +1103,7 @@ def test_the_trainer_runs_the_four_stages_with_the_numbers_of_the_round(toy):
         assert all(torch.equal(a, b) for a, b in zip(trained, plain))
 
 
-def test_a_later_refine_by_hand():
+def test_head_maps_of_a_later_round_by_hand():
     """Z = (0, z, 9) everywhere and class 2 has no tag: the map is 1 / (1 + exp(-z / 2)), then
     divided by max(its maximum, 0.3). The walk does not change a constant map."""
     for z, want, stretched in ((-1.0, 0.3775, 1.0), (-4.0, 0.1192, 0.3973)):
@@ -1180,7 +1182,7 @@ def test_imagenet_weights_are_fine_tuned_as_the_help_says(toy, tmp_path, monkeyp
     assert np.allclose(rates, [(0.01 * d, 0.1 * d) for d in decay])
 
 
-def test_ridge_is_the_minimum_of_its_sum():
+def test_ridge_minimises_its_objective():
     torch.manual_seed(0)
     x = torch.randn(30, 5) * torch.tensor([1.0, 10.0, 0.1, 3.0, 1.0]) + 2
     t = (torch.rand(30, 2) > 0.5).float()
@@ -1205,12 +1207,12 @@ def test_samples_of_the_second_fit_by_hand():
     """Two cells, two channels: the map of class 1 is (1, 0.5), that of background is (0, 0.5)."""
     net = SimpleNamespace(cam=lambda high: torch.tensor([[[[9.0, 9.0]], [[2.0, 1.0]]]]))
     high = torch.tensor([[[[4.0, 1.0]], [[0.0, 3.0]]]])
-    x, t = train.under_maps(net, high, torch.tensor([0.0, 1.0]))
+    x, t = train.map_samples(net, high, torch.tensor([0.0, 1.0]))
     assert torch.allclose(x, torch.tensor([[3.0, 1.0], [1.0, 3.0]]))
     assert t.tolist() == [[0.0, 1.0], [0.0, 0.0]]
-    x, t = train.under_maps(net, high, torch.zeros(2))  # without a tag all is background
+    x, t = train.map_samples(net, high, torch.zeros(2))  # without a tag all is background
     assert torch.allclose(x, torch.tensor([[2.5, 1.5]])) and t.tolist() == [[0.0, 0.0]]
-    x, t = train.whole_photo(net, high, torch.tensor([0.0, 1.0]))
+    x, t = train.photo_sample(net, high, torch.tensor([0.0, 1.0]))
     assert x.tolist() == [[2.5, 1.5]] and t.tolist() == [[0.0, 1.0]]
 
 
@@ -1231,7 +1233,7 @@ def test_the_fit_solves_two_regressions_once_and_only_on_imagenet_weights(
     w = train.ridge(torch.cat([F_high.mean((2, 3)) for F_high in high]), tags, 1.0)
     with torch.no_grad():
         run.net.cam.weight[:, :, 0, 0] = w
-        pairs = [train.under_maps(run.net, F_high, y) for F_high, y in zip(high, tags)]
+        pairs = [train.map_samples(run.net, F_high, y) for F_high, y in zip(high, tags)]
     x, t = map(torch.cat, zip(*pairs))
     assert (x @ fitted.T)[t == 1].mean() == pytest.approx(0.5, abs=1e-3)
     w = train.ridge(x, t, 10.0)
@@ -1300,7 +1302,7 @@ def test_training_opens_no_mask_of_a_training_image(kit, finished, tmp_path, for
     shutil.rmtree(kit / "SegmentationClass")
     assert train.main(options(kit, tmp_path / "none")) == 0
     assert results(tmp_path / "none") == {}
-    parts = set(differing(product(finished), product(tmp_path / "none")))
+    parts = set(differing_outputs(run_outputs(finished), run_outputs(tmp_path / "none")))
     assert parts <= {"metrics", "results", "pictures"}  # no scores, no truth in the panels
     assert all(labels_of(tmp_path / "none", r) == labels_of(finished, r) for r in (1, 2, 3))
 
@@ -1355,7 +1357,9 @@ def test_scores_of_a_run_by_hand(finished, toy):
     assert (scores["val seg"]["size"], scores["val seg"]["scales"]) == (65, [1.0])
 
 
-def test_ablation_switches_and_upper_bound(finished, toy, kit, tmp_path, capsys):
+def test_ablation_switches_skip_their_stage_and_supervised_makes_no_labels(
+    finished, toy, kit, tmp_path, capsys
+):
     iou = {"finished": {row: s["iou"] for row, s in results(finished).items()}}
     cases = (("a", 0, "--no-affinity"), ("s", 0, "--no-self-guided"), ("u", 1, "--supervised"))
     for name, rounds, switch in cases:
@@ -1415,7 +1419,7 @@ def test_corrected_masks_are_their_photos_labels(toy, finished, tmp_path, monkey
 
 
 @pytest.mark.parametrize("kind", ["damaged", "other tags", "all 255", "no warm-up"])
-def test_bad_training_masks_cost_only_their_own_scores(kind, kit, copied, finished, capsys):
+def test_bad_training_masks_only_remove_their_own_scores(kind, kit, copied, finished, capsys):
     """val is scored first; the other masks as well; a warning names the bad ones."""
     named = "toy_0000"
     for path in VOC(kit, "train").mask_paths:
@@ -1446,7 +1450,7 @@ def test_bad_training_masks_cost_only_their_own_scores(kind, kit, copied, finish
         assert set(rows) == {"val seg"}
 
 
-def test_scores_elsewhere_and_at_other_scales_have_their_own_files(copied, kit):
+def test_scores_on_other_data_or_settings_have_their_own_files(copied, kit):
     """On another devkit and split, at all scales, at another size; results.json stays."""
     before = (copied / "results.json").read_text()
     (kit / "ImageSets/Segmentation/some.txt").write_text("toy_0003\ntoy_0016\n")
@@ -1513,7 +1517,7 @@ def die_at_write(n):
     os.fsync = die
 
 
-def test_killed_at_any_write_a_run_comes_to_the_same_bits(tmp_path, monkeypatch):
+def test_a_run_killed_at_any_write_resumes_bit_for_bit(tmp_path, monkeypatch):
     """Use two photos. Resume a run with a checkpoint; start a run without one again."""
     kit = make_toy(tmp_path / "kit", train=2, val=1, seed=3)
     more = ["--rounds", 1, "--batch", 2, "--size", 33]
@@ -1522,7 +1526,7 @@ def test_killed_at_any_write_a_run_comes_to_the_same_bits(tmp_path, monkeypatch)
         patch.setattr(os, "fsync", writes.append)
         patch.setattr(data, "sheet", blank)
         assert train.main(options(kit, tmp_path / "whole", *more)) == 0
-    whole = product(tmp_path / "whole")
+    whole = run_outputs(tmp_path / "whole")
     saved = 0
     for first in range(1, len(writes) + 1, 2):  # two at a time, one per core
         outs = {n: tmp_path / f"run{n}" for n in (first, first + 1) if n <= len(writes)}
@@ -1534,12 +1538,12 @@ def test_killed_at_any_write_a_run_comes_to_the_same_bits(tmp_path, monkeypatch)
                     argv = ["--out", out, "--resume", *CPU]
                     saved += 1
                 args = (die_at_write, n if kill else 0)
-                processes[n] = alone(f"{out}.log", train_alone, argv, *args)
+                processes[n] = start_child(f"{out}.log", train_in_child, argv, *args)
             for n, out in outs.items():
-                message = Path(f"{out}.log").read_text() if ended(processes[n]) else ""
+                message = Path(f"{out}.log").read_text() if exit_status(processes[n]) else ""
                 assert processes[n].exitcode == (99 if kill else 0), (n, message)
         for n, out in outs.items():
-            assert differing(whole, product(out)) == [], n
+            assert differing_outputs(whole, run_outputs(out)) == [], n
             assert not list(out.rglob(".sgseg-*"))  # no temporary file stays
     assert saved > 15
 
@@ -1553,7 +1557,7 @@ STOPS = {  # how a run is stopped: exit status, what the message names, epochs a
 
 
 @pytest.mark.parametrize("how", STOPS)
-def test_stopped_moved_and_resumed_equals_never_stopped(
+def test_a_stopped_moved_and_resumed_run_equals_an_uninterrupted_one(
     how, kit, finished, tmp_path, monkeypatch, capsys
 ):
     """At most one epoch is repeated; labels on disk are not written again (same mtime)."""
@@ -1590,7 +1594,7 @@ def test_stopped_moved_and_resumed_equals_never_stopped(
         (kit / JPG).write_bytes(photo)
     assert resume(out, "--voc", "renamed") == 0
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
-    assert differing(product(finished), product(out)) == []
+    assert differing_outputs(run_outputs(finished), run_outputs(out)) == []
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
@@ -1598,7 +1602,7 @@ def test_a_run_locks_its_folder_until_a_signal_ends_it(kind, toy, finished, tmp_
     """Stop a run at a random moment by SIGTERM or SIGKILL, and resume it bit for bit."""
     out = tmp_path / "run"
     argv = [HERE / "train.py", *options(toy, out, "--workers", 2)]
-    process = alone(tmp_path / "log", script_alone, argv)
+    process = start_child(tmp_path / "log", script_in_child, argv)
     while process.is_alive() and not (out / "checkpoint.pt").exists():
         time.sleep(0.01)
     error = refused(train.lock_folder, out)
@@ -1607,11 +1611,11 @@ def test_a_run_locks_its_folder_until_a_signal_ends_it(kind, toy, finished, tmp_
     print(f"after {seconds} seconds")
     time.sleep(seconds)
     os.kill(process.pid, kind)
-    assert ended(process, 20) == (-9 if kind == signal.SIGKILL else 130)
+    assert exit_status(process, 20) == (-9 if kind == signal.SIGKILL else 130)
     message = (tmp_path / "log").read_text()
     assert "Traceback" not in message and ("--resume" in message) == (kind != signal.SIGKILL)
     assert resume(out) == 0
-    assert differing(product(finished), product(out)) == []
+    assert differing_outputs(run_outputs(finished), run_outputs(out)) == []
 
 
 @pytest.mark.parametrize(
@@ -1624,7 +1628,7 @@ def test_files_of_others_are_never_overwritten(name, tmp_path, capsys):
     path.parent.mkdir(parents=True)
     path.write_text("mine")
     assert train.main(["--out", str(out), *CPU]) == 2
-    assert str(out) in complaint(capsys)
+    assert str(out) in error_line(capsys)
     theirs = path.rename(tmp_path / "theirs")
     path.symlink_to(theirs)
     assert train.main(["--out", str(out), *CPU]) == 2
@@ -1634,13 +1638,13 @@ def test_files_of_others_are_never_overwritten(name, tmp_path, capsys):
 
 def test_the_data_and_options_must_be_those_with_which_the_run_started(copied, kit, toy, capsys):
     """Tags, classes, ids; photos may not change their size either."""
-    before = product(copied)
+    before = run_outputs(copied)
     assert train.main(options(toy, copied)) == 2  # another run in the same folder
-    assert "--resume" in complaint(capsys)
+    assert "--resume" in error_line(capsys)
     assert resume(copied, "--lr", "0.5", "--workers", "1", "--weights", "auto") == 2
-    message = complaint(capsys)
+    message = error_line(capsys)
     assert "--lr" in message and "--workers" not in message and "--weights" not in message
-    assert differing(before, product(copied)) == []
+    assert differing_outputs(before, run_outputs(copied)) == []
     more = sorted(set(data.TOY_CLASSES) - read_tags(kit / XML, data.TOY_CLASSES))[0]
     text = (kit / XML).read_text()
     aug = LIST.replace("train", "train_aug")
@@ -1657,7 +1661,7 @@ def test_the_data_and_options_must_be_those_with_which_the_run_started(copied, k
     Image.open(kit / JPG).resize((60, 60)).save(kit / JPG)
     shutil.rmtree(kit / "SegmentationClass")
     assert resume(copied, "--voc", str(kit)) == 2
-    assert f"{Path(JPG).stem}.png" in complaint(capsys)
+    assert f"{Path(JPG).stem}.png" in error_line(capsys)
 
 
 @pytest.mark.parametrize("what", ["loss", "weights"])
@@ -1694,7 +1698,7 @@ def test_clock_locks_fsync_and_workers_do_not_change_the_result(
     assert train.main(options(toy, tmp_path / "run", "--workers", 2)) == 0
     monkeypatch.undo()
     assert sum("lock" in line for line in capsys.readouterr().err.splitlines()) == 1
-    assert differing(product(finished), product(tmp_path / "run")) == []
+    assert differing_outputs(run_outputs(finished), run_outputs(tmp_path / "run")) == []
 
 
 def bad_output(kind, path):
@@ -1703,22 +1707,22 @@ def bad_output(kind, path):
     sys.stdout = None if kind == "closed" else open(file, "w", encoding="ascii")
 
 
-def test_nothing_about_printing_ends_a_run(tmp_path):
+def test_output_errors_do_not_end_a_run(tmp_path):
     kit = make_toy(tmp_path / "kit", train=3, val=1)
     for path in [kit / "classes.txt", *(kit / "Annotations").glob("*.xml")]:
         path.write_text(path.read_text().replace("disc", "Schäfchen").replace("square", "猫"))
     processes = {}
     for kind in ("closed", "full", "ascii"):
         argv = options(kit, tmp_path / kind / "run", "--rounds", 0, "--batch", 3)
-        job = (train_alone, argv, bad_output, kind, str(tmp_path / "output"))
-        processes[kind] = alone(tmp_path / f"{kind}.log", *job)
+        job = (train_in_child, argv, bad_output, kind, str(tmp_path / "output"))
+        processes[kind] = start_child(tmp_path / f"{kind}.log", *job)
     for kind, process in processes.items():
-        assert ended(process) == 0, (tmp_path / f"{kind}.log").read_text()
+        assert exit_status(process) == 0, (tmp_path / f"{kind}.log").read_text()
         assert (tmp_path / kind / "run/results.json").exists()
     assert "Sch?fchen" in (tmp_path / "output").read_text()
 
 
-def test_the_modules_load_without_those_that_windows_lacks():
+def test_the_modules_import_without_unix_only_modules():
     code = (
         "import sys; sys.modules |= dict.fromkeys(['fcntl', 'resource', 'pwd', 'grp', 'termios'])"
     )
@@ -1756,7 +1760,7 @@ def test_two_rounds_on_the_toy_set_learn(learnt):
     assert summary(C, val.class_names)["miou"] < 0.3  # untrained weights do not reach the bound
 
 
-def test_run_folder_explains_itself_and_holds_no_absent_class(learnt):
+def test_the_run_folder_records_the_run_and_labels_hold_only_tagged_classes(learnt):
     config = json.loads((learnt / "config.json").read_text())
     assert config["config"]["backbone"] == "tiny" and config["torch"] == torch.__version__
     assert config["command"] == ["--out", str(learnt)] and config["threads"] == 1
@@ -1795,19 +1799,19 @@ def test_the_toy_set_is_there_whole_or_not_at_all(tmp_path, monkeypatch, capsys)
     out = tmp_path / "run"
     few = "--warmup 1 --rounds 1 --epochs 1 --min-steps 1 --batch 4 --device cpu".split()
     argv = ["--out", str(out), *few]
-    assert ended(alone(tmp_path / "log", train_alone, argv, die_in_toy)) == 99
+    assert exit_status(start_child(tmp_path / "log", train_in_child, argv, die_in_toy)) == 99
     assert not (out / "toy").exists()
     monkeypatch.setattr(data, "make_toy", partial(make_toy, train=4, val=1))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", disk_full)
         assert train.main(argv) == 2
-    assert "No space left" in complaint(capsys) and not (out / "toy").exists()
+    assert "No space left" in error_line(capsys) and not (out / "toy").exists()
     assert train.main(argv) == 0
     assert len(VOC(out / "toy", "train").ids) == 4 and not list(out.glob(".sgseg-*"))
-    before = product(out)
+    before = run_outputs(out)
     out.rename(tmp_path / "moved")
     assert resume(tmp_path / "moved") == 0
-    assert differing(before, product(tmp_path / "moved")) == []
+    assert differing_outputs(before, run_outputs(tmp_path / "moved")) == []
 
 
 # ---- data and pictures ---------------------------------------------------------------------------
@@ -1828,7 +1832,7 @@ REAL_XML = """<annotation><folder>VOC2012</folder><filename>x.jpg</filename>
         ("<annotation><note><![CDATA[<b> & ]]></note></annotation>", set()),  # no DOCTYPE
     ],
 )
-def test_annotations_as_voc_writes_them(text, names, tmp_path):
+def test_annotations_of_voc_are_read(text, names, tmp_path):
     (tmp_path / "x.xml").write_text(text)
     assert read_tags(tmp_path / "x.xml", data.VOC_CLASSES) == names
 
@@ -1841,7 +1845,7 @@ def test_annotations_as_voc_writes_them(text, names, tmp_path):
         (b"/JPEGImages/a.jpg /SegmentationClassAug/a.png\n/JPEGImages/b.jpg /S/b.png\n", "a b"),
     ],
 )
-def test_lists_as_they_come(content, ids, tmp_path):
+def test_lists_are_read_in_all_their_forms(content, ids, tmp_path):
     (tmp_path / "l.txt").write_bytes(content)
     assert read_list(tmp_path / "l.txt") == ids.split()
 
@@ -1908,14 +1912,14 @@ def test_image_modes_are_read_correctly(mode, tmp_path):
         assert pixels.shape == (20, 30, 3) and abs(pixels - value).max() <= 8
 
 
-def test_pictures_show_what_they_say():
+def test_colours_of_palette_heatmap_overlay_and_sheet():
     colours = np.reshape(data.palette_image(np.zeros((1, 1))).getpalette(), (256, 3)).tolist()
     assert colours[:2] == [[0, 0, 0], [128, 0, 0]] and colours[20] == [0, 64, 128]  # VOC's
     assert colours[15] == [192, 128, 128] and colours[255] == [224, 224, 192]
     grey = Image.new("RGB", (30, 20), (100, 100, 100))
     right = np.zeros((20, 30), np.uint8)
     right[:, 15:] = 1
-    hot = np.asarray(data.heat(grey, torch.tensor(right).float())).astype(int)
+    hot = np.asarray(data.heatmap(grey, torch.tensor(right).float())).astype(int)
     assert hot[0, 0].argmax() == 2 and hot[0, 29].argmax() == 0  # blue is 0, red is 1
     # red is 0.4 * 100 where the map is 0, and 0.4 * 100 + 0.5 * 153 where it is 1
     assert abs(hot[0, 0, 0] - 40) <= 1 and abs(hot[0, 29, 0] - 116) <= 1
@@ -1987,7 +1991,7 @@ def test_confusion_and_iou_by_hand():
             confusion(target, prediction, 4)
 
 
-def test_files_are_the_old_or_the_new_whole_and_links_are_not_followed(tmp_path, monkeypatch):
+def test_writes_are_atomic_and_follow_no_links(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "file"
     data.write(path, "ä\n")
     for name in ("fsync", "replace"):
@@ -2029,12 +2033,12 @@ def test_masks_that_contradict_the_tags_are_refused(kind, split, kit):
     assert error.kind == "masks" and photos.ids[0] in str(error)
 
 
-def test_photos_without_annotation_or_tag(kit, tmp_path):
+def test_photos_without_a_tag_are_negatives(kit, tmp_path):
     """In val they need none. In training they are negatives, and masks of background fit them."""
     (kit / f"Annotations/{VAL}.xml").unlink()
     negatives = [f"toy_{n:04d}" for n in range(9)]  # most of the training photos
     for name in [*negatives, "toy_0017"]:
-        (kit / f"Annotations/{name}.xml").write_text(tagged())
+        (kit / f"Annotations/{name}.xml").write_text(annotation())
         (kit / f"SegmentationClass/{name}.png").write_bytes(mask_of(0))
     out = tmp_path / "run"
     assert train.main(options(kit, out, "--rounds", 1)) == 0
@@ -2045,9 +2049,9 @@ def test_photos_without_annotation_or_tag(kit, tmp_path):
     assert {"val seg", "labels round1"} <= set(results(out))
 
 
-def test_a_class_on_every_training_photo_or_on_none_is_a_warning(kit, capsys):
+def test_a_class_on_every_training_photo_or_on_none_gives_a_warning(kit, capsys):
     for path in (kit / "Annotations").glob("*.xml"):
-        path.write_text(tagged("disc", *read_tags(path, data.TOY_CLASSES) - {"cross", "disc"}))
+        path.write_text(annotation("disc", *read_tags(path, data.TOY_CLASSES) - {"cross", "disc"}))
     VOC(kit, "train").scan()
     every, none = capsys.readouterr().err.splitlines()
     assert "disc" in every and every.startswith("warning: ")
@@ -2059,7 +2063,7 @@ def test_a_class_on_every_training_photo_or_on_none_is_a_warning(kit, capsys):
 # ---- several processes ---------------------------------------------------------------------------
 
 
-def test_several_processes_want_a_gpu_each(monkeypatch):
+def test_several_processes_need_a_gpu_each(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert train.check(train.Config(device="auto")).device.startswith("cuda")
@@ -2098,12 +2102,14 @@ def side_by_side(out, argv, shared, n=0):
     logs = [Path(f"{out}.{rank}") for rank in (0, 1)]
     processes = []
     for rank, log in enumerate(logs):
-        processes.append(alone(log, train_alone, argv, as_rank, rank, 2, port, n, str(shared)))
-    statuses = [ended(process) for process in processes]
+        processes.append(
+            start_child(log, train_in_child, argv, as_rank, rank, 2, port, n, str(shared))
+        )
+    statuses = [exit_status(process) for process in processes]
     return [(status, log.read_text()) for status, log in zip(statuses, logs)]
 
 
-def test_two_processes_make_the_labels_of_one_and_go_on_after_a_kill(toy, finished, tmp_path):
+def test_two_processes_make_the_same_labels_as_one_and_resume_after_a_kill(toy, finished, tmp_path):
     """Network, labels and scores are the same byte for byte, also after a kill in an update."""
     out = tmp_path / "whole"
     shared = finished / "warmup.pt"
@@ -2118,7 +2124,7 @@ def test_two_processes_make_the_labels_of_one_and_go_on_after_a_kill(toy, finish
     assert alive[1].count("\n") == 1 and "Traceback" not in alive[1]
     both = side_by_side(again, ["--out", again, "--resume", *CPU], shared)
     assert [status for status, _ in both] == [0, 0], both
-    assert differing(product(out), product(again)) == []
+    assert differing_outputs(run_outputs(out), run_outputs(again)) == []
     # refused before anything is written: a folder with files, a batch that cannot be halved
     first, second = side_by_side(tmp_path / "log", options(toy, finished), shared)
     assert first[0] == second[0] == 2 and str(finished) in first[1] and first[1].count("\n") == 1
@@ -2131,7 +2137,7 @@ def test_two_processes_make_the_labels_of_one_and_go_on_after_a_kill(toy, finish
 # ---- bad input is rejected by a message that names it --------------------------------------------
 
 
-def bomb():
+def entity_bomb():
     """Return XML of nine nested entities that expand to 200 MB."""
     entities = ['<!ENTITY x "ha">']
     for n in range(1, 9):
@@ -2181,7 +2187,7 @@ def shifted_masks(kit):
         data.palette_image(np.where((mask > 0) & (mask < 4), mask + 1, 1 * (mask > 0))).save(path)
 
 
-SPACE = b'<annotation xmlns="http://voc"><object><name>disc</name></object></annotation>'
+NAMESPACED = b'<annotation xmlns="http://voc"><object><name>disc</name></object></annotation>'
 PAGE = "<html><body>Log in to download</body></html>"
 VAL_JPG = f"JPEGImages/{VAL}.jpg"
 VAL_XML = f"Annotations/{VAL}.xml"
@@ -2195,14 +2201,14 @@ BAD_KIT = {  # case: file, its new content (None: none), kind, name at the end o
     "id without image": (JPG, None, "missing", JPG),
     "id without XML": (XML, None, "missing", XML),
     "XML cut short": (XML, b"<annotation><object>", "xml", XML),
-    "XML of an unknown class": (XML, tagged("dragon").encode(), "tags", XML),
-    "XML of a nameless object": (XML, tagged("").encode(), "tags", XML),
-    "XML that is an entity bomb": (XML, bomb(), "xml", XML),
+    "XML of an unknown class": (XML, annotation("dragon").encode(), "tags", XML),
+    "XML of a nameless object": (XML, annotation("").encode(), "tags", XML),
+    "XML that is an entity bomb": (XML, entity_bomb(), "xml", XML),
     "XML that is empty": (XML, b"", "xml", XML),
     "XML of another root": (XML, b"<doc><object/></doc>", "xml", XML),
-    "XML with a namespace": (XML, SPACE, "xml", XML),
+    "XML with a namespace": (XML, NAMESPACED, "xml", XML),
     "XML that is a web page": (XML, PAGE.encode(), "xml", XML),
-    "XML in cp1252": (XML, tagged("größe").encode("cp1252"), "encoding", XML),
+    "XML in cp1252": (XML, annotation("größe").encode("cp1252"), "encoding", XML),
     "nothing but web pages": (each_xml(PAGE), None, "several", "16 files"),
     "photo of zero bytes": (JPG, b"", "image", JPG),
     "photo that is text": (JPG, b"hello" * 100, "image", JPG),
@@ -2222,7 +2228,7 @@ BAD_KIT = {  # case: file, its new content (None: none), kind, name at the end o
     "two classes with the same name": ("classes.txt", b"a\na\n", "classes", "classes.txt"),
     "a class named background": ("classes.txt", b"disc\nBackground\n", "classes", "kit"),
     "255 classes": ("classes.txt", NUMBERED, "classes", "classes.txt"),
-    "the same tags everywhere": (each_xml(tagged("disc")), None, "tags", "kit"),
+    "the same tags everywhere": (each_xml(annotation("disc")), None, "tags", "kit"),
 }
 
 
@@ -2245,7 +2251,7 @@ def test_broken_devkits_are_refused_by_name_before_training(case, kit, tmp_path,
     assert capsys.readouterr().err.endswith(f"sgseg: {error}\n")
 
 
-def beside(folder, name, ending=".png", mode="P"):
+def add_picture(folder, name, ending=".png", mode="P"):
     """Add a picture with unique content to a folder."""
     folder.mkdir(exist_ok=True)
     image = Image.new(mode, (97, 97))
@@ -2256,11 +2262,11 @@ def beside(folder, name, ending=".png", mode="P"):
 def mask_folder(album):
     """Add img_dir and ann_dir to an album, as in mmsegmentation's layout."""
     for name in ("street", "streets", "the street"):
-        beside(album / "img_dir", name, ".jpg", "RGB")
-        beside(album / "ann_dir", name)
+        add_picture(album / "img_dir", name, ".jpg", "RGB")
+        add_picture(album / "ann_dir", name)
 
 
-def folders(names, file):
+def add_folders(names, file):
     """Return a function that breaks an album: it adds folders, each with one unique file."""
 
     def make(album):
@@ -2271,7 +2277,7 @@ def folders(names, file):
     return make
 
 
-def only(*names):
+def keep_only(*names):
     """Return a function that breaks an album: it removes everything but these names."""
 
     def empty_out(album):
@@ -2282,27 +2288,27 @@ def only(*names):
     return empty_out
 
 
-def renamed(name):
+def rename_disc(name):
     return lambda album: (album / "disc").rename(album / name)
 
 
 BAD_ALBUM = {  # case: how to break it, kind, name in the path
     "no folder": (shutil.rmtree, "missing", "album"),
-    "no photo": (only(), "empty", "album"),
-    "a class called void": (renamed("void"), "classes", "album"),
-    "a line break in a class name": (renamed("di\nsc"), "classes", "album"),
-    "255 folders": (folders([f"class{n}" for n in range(255)], "a.jpg"), "classes", "album"),
+    "no photo": (keep_only(), "empty", "album"),
+    "a class called void": (rename_disc("void"), "classes", "album"),
+    "a line break in a class name": (rename_disc("di\nsc"), "classes", "album"),
+    "255 folders": (add_folders([f"class{n}" for n in range(255)], "a.jpg"), "classes", "album"),
     "an unlisted class": (lambda a: (a / "classes.txt").write_text("cross"), "tags", "classes.txt"),
-    "two photos of one name": (lambda a: beside(a, "nothing", ".jpg", "RGB"), "names", "album"),
-    "a folder of HEIC files": (folders(["sofa"], "IMG_1.HEIC"), "format", "sofa"),
-    "a mask beside its photo": (lambda a: beside(a, "nothing_mask"), "mask", "_mask.png"),
-    "the same, photo.JPG": (lambda a: (beside(a, "b", ".JPG", "RGB"), beside(a, "b_mask")),
+    "two photos of one name": (lambda a: add_picture(a, "nothing", ".jpg", "RGB"), "names", "album"),
+    "a folder of HEIC files": (add_folders(["sofa"], "IMG_1.HEIC"), "format", "sofa"),
+    "a mask beside its photo": (lambda a: add_picture(a, "nothing_mask"), "mask", "_mask.png"),
+    "the same, photo.JPG": (lambda a: (add_picture(a, "b", ".JPG", "RGB"), add_picture(a, "b_mask")),
                             "mask", "b_mask.png"),
-    "a mask of its photo's name": (lambda a: (beside(a, "b", ".JPG", "RGB"), beside(a, "b")),
+    "a mask of its photo's name": (lambda a: (add_picture(a, "b", ".JPG", "RGB"), add_picture(a, "b")),
                                    "mask", "b.png"),
     "img_dir and ann_dir": (mask_folder, "mask", "ann_dir"),
     "a devkit": (lambda a: (a / "ImageSets/Segmentation").mkdir(parents=True), "devkit", "album"),
-    "only one class": (only("disc"), "tags", "album"),
+    "only one class": (keep_only("disc"), "tags", "album"),
 }  # fmt: skip
 
 
@@ -2314,7 +2320,7 @@ def test_broken_albums_are_refused_by_name_before_training(case, album, tmp_path
     assert error.kind == kind and error.path.endswith(named) and well_formed(str(error)), error
     capsys.readouterr()
     assert train.main(["--photos", str(album), "--out", str(tmp_path / "run")]) == 2
-    assert complaint(capsys) == f"sgseg: {error}"
+    assert error_line(capsys) == f"sgseg: {error}"
 
 
 USAGE = ["--lo", "--rounds x", "--strength 50", "--nonsense", "--voc a --photos b", "--split test"]
@@ -2342,12 +2348,12 @@ def test_bad_values_are_named_in_one_line(line, toy, tmp_path, capsys):
     argv = line.split()
     another = {"--eval", "--segment", "--resume"} & set(argv)
     assert train.main(argv if another else [*options(toy, tmp_path / "run"), *argv]) == 2
-    message = complaint(capsys)
+    message = error_line(capsys)
     name = argv[-1] if argv[-1].startswith("/") else argv[0]
     assert name in message and well_formed(message, "sgseg: ")
 
 
-def spoilt_checkpoints(good, evil):
+def corrupt_checkpoints(good, evil):
     """Return {name of the fault: spoilt checkpoint}, made from the state of a good one."""
     cases = {"pickle": {"model": evil}, "tensor": torch.ones(3), "another's": {"x": 1}}
     cases |= {f"no {name}": without(good, name) for name in good}
@@ -2365,18 +2371,18 @@ def spoilt_checkpoints(good, evil):
     return cases
 
 
-def test_checkpoints_are_data_not_programs(finished, tmp_path, capsys):
+def test_checkpoints_run_no_code_and_corrupt_ones_are_rejected(finished, tmp_path, capsys):
     path = tmp_path / "checkpoint.pt"
     good = torch.load(finished / "checkpoint.pt", weights_only=True)
     whole = (finished / "checkpoint.pt").read_bytes()
-    cases = {"cut": half(whole), "empty": b""} | spoilt_checkpoints(good, Evil(tmp_path / "made"))
+    cases = {"cut": half(whole), "empty": b""} | corrupt_checkpoints(good, Evil(tmp_path / "made"))
     wrong = {}
     for name, content in cases.items():
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         capsys.readouterr()
         try:
             assert resume(tmp_path) == 2
-            message = complaint(capsys)
+            message = error_line(capsys)
             assert well_formed(message) and re.search(rf"{tmp_path}|--\w", message)
         except Exception as e:
             wrong[name] = f"{type(e).__name__}: {str(e)[:100]}"
@@ -2384,7 +2390,7 @@ def test_checkpoints_are_data_not_programs(finished, tmp_path, capsys):
     assert not (tmp_path / "made").exists()
 
 
-def test_models_are_data_not_programs(finished, tmp_path):
+def test_models_run_no_code_and_corrupt_ones_are_rejected(finished, tmp_path):
     path = tmp_path / "model.pt"
     good = torch.load(finished / "model.pt", weights_only=True)
     w = good["model"]["cam.weight"]
@@ -2405,7 +2411,7 @@ def test_models_are_data_not_programs(finished, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-def test_changed_bits_and_packed_files_are_found(finished, tmp_path):
+def test_corrupt_and_compressed_files_are_detected(finished, tmp_path):
     whole = (finished / "checkpoint.pt").read_bytes()
     path = tmp_path / "checkpoint.pt"
     packed = tmp_path / "packed.pt"
@@ -2466,7 +2472,7 @@ def mutate(content, rng):
     return content
 
 
-def test_ten_thousand_mutated_files(kit):
+def test_mutated_files_are_read_or_rejected(kit):
     """XML, lists, JPEGs and PNGs are read, or an InputError names the file."""
     rng = random.Random(1)
     names = VOC(kit, "train").class_names
@@ -2532,14 +2538,14 @@ def test_a_folder_for_each_class_is_a_training_set(album, kit):
         assert {photos.class_names[k] for k, tag in tags if tag} == want
 
 
-def areas_in(path):
+def rows_of_areas(path):
     """Return the rows of an areas.csv without its header."""
     return list(csv.reader(io.StringIO(path.read_text("utf-8-sig"))))[1:]
 
 
-def test_tagged_photos_become_masks_beside_the_run(album, tmp_path, capsys):
+def test_a_run_on_tagged_photos_writes_masks_overlays_and_areas(album, tmp_path, capsys):
     out = tmp_path / "run"
-    only("disc", "cross", "nothing.png")(album)
+    keep_only("disc", "cross", "nothing.png")(album)
     argv = options(album, out, "--rounds", 1)
     argv[0] = "--photos"
     assert train.main(argv) == 0
@@ -2548,7 +2554,7 @@ def test_tagged_photos_become_masks_beside_the_run(album, tmp_path, capsys):
     listed = (out / "classes.txt").read_text().splitlines()
     assert listed == ["0 background #000000", "1 cross #800000", "2 disc #008000"]
     photos = data.Photos(album)
-    rows = areas_in(out / "areas.csv")
+    rows = rows_of_areas(out / "areas.csv")
     for name, path in zip(photos.ids, photos.image_paths):
         mask = Image.open(out / "masks" / f"{name}.png")
         last = Image.open(out / "pseudo" / "round2" / f"{name}.png")
@@ -2603,19 +2609,19 @@ def test_a_table_of_tags_is_a_training_set(table, toy, tmp_path):
 
 
 @pytest.fixture
-def three(toy, tmp_path):
+def three_photos(toy, tmp_path):
     """A folder of three photos: a.jpg, b.jpg, c.jpg."""
     for name in ("a.jpg", "b.jpg", "c.jpg"):
         shutil.copy(toy / JPG, tmp_path / name)
     return tmp_path
 
 
-def test_a_space_belongs_to_the_name(three):
+def test_class_names_may_contain_spaces(three_photos):
     """As in the name of a folder."""
-    (three / "tags.csv").write_text("a.jpg,großer Hund\nb.jpg,kleiner Hund; Katze\nc.jpg\n")
-    assert data.Photos(three).class_names == ["Katze", "großer Hund", "kleiner Hund"]
-    (three / "tags.csv").write_text("a.jpg,\nx/../a.jpg,disc\nb.jpg\n")
-    assert data.Photos(three).found_tags == [{"disc"}, set()]
+    (three_photos / "tags.csv").write_text("a.jpg,großer Hund\nb.jpg,kleiner Hund; Katze\nc.jpg\n")
+    assert data.Photos(three_photos).class_names == ["Katze", "großer Hund", "kleiner Hund"]
+    (three_photos / "tags.csv").write_text("a.jpg,\nx/../a.jpg,disc\nb.jpg\n")
+    assert data.Photos(three_photos).found_tags == [{"disc"}, set()]
 
 
 BAD_TABLES = {  # case: table, kind, what must be named
@@ -2641,10 +2647,10 @@ BAD_TABLES = {  # case: table, kind, what must be named
 
 
 @pytest.mark.parametrize("case", BAD_TABLES)
-def test_tables_that_cannot_be_understood_are_refused_by_row(case, three):
+def test_tables_that_cannot_be_understood_are_refused_by_row(case, three_photos):
     table, kind, named = BAD_TABLES[case]
-    (three / "tags.csv").write_bytes(table.encode("cp1252"))
-    error = refused(data.Photos, three)
+    (three_photos / "tags.csv").write_bytes(table.encode("cp1252"))
+    error = refused(data.Photos, three_photos)
     assert error.kind == kind and named in str(error) and well_formed(str(error)), error
 
 
@@ -2670,21 +2676,21 @@ def test_files_that_are_not_used_are_counted_by_their_ending(album, copied, toy,
     assert counted(capsys) == want
     # a folder called masks is no class; one called v1.png is
     shutil.rmtree(disc)
-    beside(album / "masks", "carnival", ".jpg", "RGB")
-    beside(album / "v1.png", "disc", ".jpg", "RGB")
+    add_picture(album / "masks", "carnival", ".jpg", "RGB")
+    add_picture(album / "v1.png", "disc", ".jpg", "RGB")
     names = data.Photos(album).class_names
     assert "masks" not in names and "v1.png" in names and counted(capsys) == {".jpg": 1}
     # PHOTO_stages.png beside PHOTO is not a photo; other files with such names are
     cross = next((album / "cross").glob("*.JPG"))
     n = len(data.Photos(album).ids)
-    beside(album / "cross", f"{cross.stem}_stages", mode="RGB")
+    add_picture(album / "cross", f"{cross.stem}_stages", mode="RGB")
     assert len(data.Photos(album).ids) == n
-    beside(album / "cross", "rocket_stages", mode="RGB")
+    add_picture(album / "cross", "rocket_stages", mode="RGB")
     cross.with_name(f"{cross.stem}_stages.jpg").write_bytes(cross.read_bytes() + b"1")
     assert len(data.Photos(album).ids) == n + 2
 
 
-def test_decomposed_names_are_equal_to_composed_ones(toy, kit, tmp_path, capsys):
+def test_names_match_in_any_unicode_form(toy, kit, tmp_path, capsys):
     """macOS writes names decomposed, keyboards composed."""
     one, two = "B\u00e4r", "Ba\u0308r"
     root = tmp_path / "photos"
@@ -2733,7 +2739,7 @@ def test_data_py_prints_what_the_loader_finds(kit, album, capsys):
         data.main([])  # it takes one folder
 
 
-def test_deep_pixels_are_read_or_refused():
+def test_pictures_of_more_than_8_bits_are_read_or_rejected():
     values = np.arange(400).reshape(20, 20) * 160  # 0..63840
     for kind in ("TIFF", "PNG"):
         grey = read_image(encoded(Image.fromarray(values.astype(np.uint16)), kind))
@@ -2779,7 +2785,7 @@ def test_odd_exif_values_and_long_texts_do_not_spoil_a_photo():
     assert refused(read_image, content).kind == "image"
 
 
-def test_photos_are_read_from_all_that_holds_them(toy, tmp_path):
+def test_photos_are_read_from_paths_bytes_files_and_arrays(toy, tmp_path):
     content = (toy / JPG).read_bytes()
     want = read_image(toy / JPG)
     net = SGSeg(NAMES, "tiny", size=97).eval()
@@ -2839,7 +2845,7 @@ def test_segment_never_replaces_a_photo_or_the_result_of_another(copied, toy, tm
     for name in ("a.jpeg", "a_overlay.jpg"):  # two photos, one result
         capsys.readouterr()
         assert segment(copied, a, shutil.copy(toy / JPG, tmp_path / name)) == 2
-        assert str(tmp_path / name) in complaint(capsys)
+        assert str(tmp_path / name) in error_line(capsys)
         assert data.source_of(out / "a.png") == str(a)
     # folders: a bad photo is named; rows are added, or replaced if the same photo comes again
     folders = [tmp_path / "first", tmp_path / "second"]
@@ -2847,15 +2853,15 @@ def test_segment_never_replaces_a_photo_or_the_result_of_another(copied, toy, tm
         folder.mkdir()
         shutil.copy(toy / f"JPEGImages/toy_000{n}.jpg", folder / f"photo{n}.jpg")
         (folder / "bad.jpg").write_bytes(b"no photo")
-        assert segment(copied, folder) == 2 and "bad.jpg" in complaint(capsys)
-    rows = [row[0] for row in areas_in(out / "areas.csv")]
+        assert segment(copied, folder) == 2 and "bad.jpg" in error_line(capsys)
+    rows = [row[0] for row in rows_of_areas(out / "areas.csv")]
     assert set(rows) == {"a.jpg", "photo0.jpg", "photo1.jpg"}
     mask = (out / "photo0.png").read_bytes()
     assert segment(copied, folders[0] / "photo0.jpg") == 0
     shutil.copy(toy / "JPEGImages/toy_0002.jpg", folders[1] / "photo0.jpg")
     assert segment(copied, folders[1] / "photo0.jpg") == 2  # another photo of the same name
     assert (out / "photo0.png").read_bytes() == mask
-    assert sorted(row[0] for row in areas_in(out / "areas.csv")) == sorted(rows)
+    assert sorted(row[0] for row in rows_of_areas(out / "areas.csv")) == sorted(rows)
 
 
 def test_segment_finds_the_only_run(copied, toy, tmp_path, monkeypatch):
@@ -2877,68 +2883,80 @@ def imagenet():
 
 
 @pytest.fixture
-def desk(imagenet, monkeypatch, tmp_path):
+def photo_folder(imagenet, monkeypatch, tmp_path):
     """A folder with one photo, p.jpg, for sgseg.py."""
     monkeypatch.setattr(sgseg, "imagenet_network", lambda: imagenet)
     noise = np.random.default_rng(0).integers(0, 255, (80, 120, 3), dtype=np.uint8)
-    desk = tmp_path / "desk"
-    desk.mkdir()
-    Image.fromarray(noise).save(desk / "p.jpg")
-    return desk
+    photo_folder = tmp_path / "photo_folder"
+    photo_folder.mkdir()
+    Image.fromarray(noise).save(photo_folder / "p.jpg")
+    return photo_folder
 
 
-def test_the_four_stages_of_a_photo_without_training(desk, capsys):
-    photo = desk / "p.jpg"
-    target = desk / "p_stages.png"
-    argv = [str(desk), "--tag", "cat"]
-    (desk / "bad.jpg").write_bytes(b"no photo")
-    (desk / "p.png").write_bytes(empty("RGB", (80, 80)))  # two photos of one name
+def test_sgseg_py_draws_the_four_stages_of_a_photo(photo_folder, capsys):
+    photo = photo_folder / "p.jpg"
+    target = photo_folder / "p_stages.png"
+    argv = [str(photo_folder), "--tag", "cat"]
+    (photo_folder / "bad.jpg").write_bytes(b"no photo")
+    (photo_folder / "p.png").write_bytes(empty("RGB", (80, 80)))  # two photos of one name
     assert sgseg.main(argv) == 2
     printed = capsys.readouterr()
     assert "cat" in printed.out and "bad.jpg" in printed.err and "p.png" in printed.err
     assert data.source_of(target) == "p.jpg" and Image.open(target).width == 7 * 244
     before = target.read_bytes()
-    (desk / "bad.jpg").unlink()
-    (desk / "p.png").unlink()
+    (photo_folder / "bad.jpg").unlink()
+    (photo_folder / "p.png").unlink()
     assert sgseg.main(argv) == 0  # it replaces its own pictures and never reads them as photos
     assert target.read_bytes() == before
     target.write_bytes(photo.read_bytes())  # somebody else's file stays
     assert sgseg.main([str(photo), "--tag", "cat"]) == 2
     assert target.read_bytes() == photo.read_bytes()
-    assert sorted(path.name for path in desk.iterdir()) == ["p.jpg", "p_stages.png"]
+    assert sorted(path.name for path in photo_folder.iterdir()) == ["p.jpg", "p_stages.png"]
 
 
-def test_several_values_of_a_number_give_a_row_each(desk, monkeypatch):
+def test_several_values_of_an_option_give_a_row_each(photo_folder, monkeypatch):
     rows = []
     monkeypatch.setattr(data, "sheet", lambda r, width: rows.extend(r) or blank(r))
     for line in ("--tag cat --radius 1 --strength 1 100", "--tag cat --radius 1 --strength 100"):
-        assert sgseg.main([str(desk / "p.jpg"), *line.split()]) == 0
+        assert sgseg.main([str(photo_folder / "p.jpg"), *line.split()]) == 0
     weak, strong, single = rows
     assert not np.array_equal(weak["+ affinity"], strong["+ affinity"])
     assert np.array_equal(strong["+ self-guided"], single["+ self-guided"])
     assert np.array_equal(weak["localization map"], strong["localization map"])
 
 
-WRONG = ["--strength -1", "--strength nan", "--strength 1 2e6", "--temperature 0.01", "--eps 0"]
-WRONG += ["--walk-steps 100000000", "--radius 1.5", "--hi 0.5 --lo 0.7", "--lo .2 .7", "--tag 1000"]
-WRONG += ["--strength 1 2 --radius 1 2", "--tag dragon", "--tag person"]
+BAD_STAGE_OPTIONS = [
+    "--strength -1",
+    "--strength nan",
+    "--strength 1 2e6",
+    "--temperature 0.01",
+    "--eps 0",
+]
+BAD_STAGE_OPTIONS += [
+    "--walk-steps 100000000",
+    "--radius 1.5",
+    "--hi 0.5 --lo 0.7",
+    "--lo .2 .7",
+    "--tag 1000",
+]
+BAD_STAGE_OPTIONS += ["--strength 1 2 --radius 1 2", "--tag dragon", "--tag person"]
 
 
-@pytest.mark.parametrize("line", WRONG)
-def test_numbers_and_tags_out_of_range_are_refused(line, desk, capsys):
+@pytest.mark.parametrize("line", BAD_STAGE_OPTIONS)
+def test_numbers_and_tags_out_of_range_are_refused(line, photo_folder, capsys):
     with pytest.raises(SystemExit) as stop:
-        sgseg.main([str(desk / "p.jpg"), *line.split()])
+        sgseg.main([str(photo_folder / "p.jpg"), *line.split()])
     assert stop.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     word = "--lo" if "--hi" in line else line.split()[0 if line[2] != "t" else 1]
     assert word in last or "0.01" in line or line.count("--") == 2, last
-    assert [path.name for path in desk.iterdir()] == ["p.jpg"]
+    assert [path.name for path in photo_folder.iterdir()] == ["p.jpg"]
 
 
 # ---- README, help, notebook ----------------------------------------------------------------------
 
 MODULES = ("refine.py", "sgseg.py", "data.py", "train.py")
-ELSEWHERE = {"onnx", "onnxruntime", "torchvision", "pandas", "tensorboard", "pycocotools"}
+OPTIONAL_PACKAGES = {"onnx", "onnxruntime", "torchvision", "pandas", "tensorboard", "pycocotools"}
 
 
 def imported(code):
@@ -2978,7 +2996,7 @@ def test_help_shows_every_option_its_meaning_and_its_default(capsys):
         assert "".join(text.split()) in said, option.name
         assert f"cfg.{option.name}" in source  # no option that nothing reads
     said = help_of(sgseg.main, capsys)
-    for name, (default, *_) in sgseg.NUMBERS.items():
+    for name, (default, *_) in sgseg.STAGE_OPTIONS.items():
         assert f"--{name.replace('_', '-')}" in said and f"[{default}]" in said
 
 
@@ -3023,19 +3041,19 @@ def test_links_point_at_what_they_name(name):
 @pytest.fixture
 def reader(finished, kit, imagenet, tmp_path, monkeypatch):
     """A folder with photos, runs and a devkit, as the examples in the documents assume."""
-    desk = tmp_path / "reader"
+    photo_folder = tmp_path / "reader"
     picture, _ = data.toy_picture(np.random.default_rng(0), 97)
     for name in ("photo.jpg", "docs/cat.jpg"):
-        (desk / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture[:80]).save(desk / name)
+        (photo_folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture[:80]).save(photo_folder / name)
     for name in ("voc", "toy"):
-        shutil.copytree(finished, desk / "runs" / name)
-    kit.rename(desk / "kit")
-    monkeypatch.chdir(desk)
+        shutil.copytree(finished, photo_folder / "runs" / name)
+    kit.rename(photo_folder / "kit")
+    monkeypatch.chdir(photo_folder)
     monkeypatch.syspath_prepend(HERE)
     monkeypatch.setattr(sgseg, "imagenet_network", lambda: imagenet)
     monkeypatch.setitem(BACKBONES, "mine", None)  # removed at the end
-    return desk
+    return photo_folder
 
 
 PYTHON = [(name, n) for name in DOCUMENTS for n in range(len(blocks(name, "python")))]
@@ -3046,7 +3064,7 @@ def test_python_blocks_of_the_documents_run(name, n, reader, monkeypatch):
     """As they stand; only runs are made small, and blocks that need other packages are compiled."""
     code = blocks(name, "python")[n]
     program = compile(code, f"{name}, block {n}", "exec")
-    absent = {package for package in ELSEWHERE if importlib.util.find_spec(package) is None}
+    absent = {package for package in OPTIONAL_PACKAGES if importlib.util.find_spec(package) is None}
     if any(re.search(rf"\b{package}\b", code) for package in absent):
         return
     small = {**SMALL, "rounds": 1}
@@ -3125,7 +3143,7 @@ def test_the_scripts_in_docs_compute_what_they_say(monkeypatch):
     assert label.tolist() == [[0] * 8 + [7] * 2]
 
 
-def test_a_run_becomes_one_page_that_runs_nothing(kit, tmp_path, monkeypatch, capsys):
+def test_the_page_of_a_run_is_self_contained_and_escaped(kit, tmp_path, monkeypatch, capsys):
     """The page is self-contained, and names of classes and photos are escaped."""
     for path in [kit / "classes.txt", *(kit / "Annotations").iterdir()]:
         name = "<b>x</b>" if path.suffix == ".txt" else "&lt;b&gt;x&lt;/b&gt;"
@@ -3141,4 +3159,4 @@ def test_a_run_becomes_one_page_that_runs_nothing(kit, tmp_path, monkeypatch, ca
     (run / "results.json").write_text((run / "results.json").read_text().replace("round1", "<u>"))
     assert report([str(run)]) == 2 or "<u>" not in (run / "report.html").read_text()
     capsys.readouterr()
-    assert report([str(tmp_path)]) == 2 and str(tmp_path) in complaint(capsys)
+    assert report([str(tmp_path)]) == 2 and str(tmp_path) in error_line(capsys)

@@ -112,7 +112,7 @@ TOY = {"backbone": "tiny", "warmup": 15, "epochs": 4, "lr": 0.1, "crop": 97, "si
 TOY |= {"scale": (0.75, 1.25), "strength": (5.0, 5.0), "radius": 2, "eps": 1e-3}
 TOY |= {"lo": 0.45, "hi": 0.6, "object_bias": 0.0}
 # the options that may change on --resume
-FREE = ("voc", "photos", "corrected", "out", "device", "workers")
+MAY_CHANGE = ("voc", "photos", "corrected", "out", "device", "workers")
 MOMENTUM = 0.9  # of SGD (DeepLab)
 WEIGHT_DECAY = 1e-4  # of SGD (our choice)
 
@@ -186,12 +186,12 @@ def fit_cam(run):
     net = run.net.eval()
     start = time.monotonic()
     n = len(run.train_set.ids)
-    for features_of, penalty in ((whole_photo, 1.0), (under_maps, 10.0)):
+    for samples_of, penalty in ((photo_sample, 1.0), (map_samples, 10.0)):
         # one or more samples (x, t) per photo
         samples = {}
-        for i in progress(f"fit {features_of.__name__}", shard(n)):
+        for i in progress(f"fit {samples_of.__name__}", shard(n)):
             high = net.features(read_image(run.train_set.image_paths[i]))[1]  # (1,C,h,w)
-            x, t = features_of(net, high, run.train_set.tags[i].to(high))
+            x, t = samples_of(net, high, run.train_set.tags[i].to(high))
             samples[i] = x.cpu(), t.cpu()
         samples = {i: pair for part in all_gather(samples) for i, pair in part.items()}
         x, t = map(torch.cat, zip(*(samples[i] for i in sorted(samples))))
@@ -217,12 +217,12 @@ def minutes_left(run, seconds):
     return (photos + crops) * seconds / 60
 
 
-def whole_photo(net, high, tags):
+def photo_sample(net, high, tags):
     """Return x (1,C), the mean feature of a photo, and t (1,K), its tags."""
     return high.mean((2, 3)), tags[None]
 
 
-def under_maps(net, high, tags):
+def map_samples(net, high, tags):
     """Return x (P+1,C), mean features under the maps of P tags and background, and t (P+1,K)."""
     tagged = tags.nonzero()[:, 0]
     M = refine.localization_maps(net.cam(high), tagged)  # (1,P,h,w)
@@ -357,13 +357,13 @@ def update(run, r):
     first = epochs_before(cfg, r)
     end = epochs_before(cfg, r + 1)
     net = run.net
-    deterministic(cfg.device != "cpu")
+    set_deterministic(cfg.device != "cpu")
     if dist.is_initialized() and run.epoch < end:
         net = DistributedDataParallel(net, find_unused_parameters=True)  # averages gradients
     for epoch in range(max(first, run.epoch), end):
         run.net.train()
         run.net.backbone.train(cfg.weights == "none")  # ImageNet's BatchNorm statistics stay
-        parts = epoch_parts(run, epoch)
+        parts = batch_indices(run, epoch)
         start = time.monotonic()
         sums = torch.zeros(2)
         shown = {}  # losses in the progress line
@@ -384,7 +384,7 @@ def update(run, r):
             "update", round=r, L_cls=mean[0], L_seg=mean[1], lr=cfg.lr * decay, images_per_s=rate
         )
         run.save()
-    deterministic(False)
+    set_deterministic(False)
 
 
 def update_step(run, net, batch, decay, where):
@@ -418,10 +418,10 @@ def batch_size(run):
 def steps_left(run):
     """Return the number of steps from now to the end of the run."""
     epochs = epochs_before(run.cfg, run.cfg.rounds + 1) - run.epoch
-    return epochs * len(epoch_parts(run, 0))
+    return epochs * len(batch_indices(run, 0))
 
 
-def epoch_parts(run, epoch):
+def batch_indices(run, epoch):
     """Return the sample indices of each of this process's batches in an epoch.
 
     The order depends on seed and epoch only. A small set is passed over several times, each time in
@@ -467,7 +467,7 @@ def read_batches(run, r, epoch, parts):
             yield waiting.popleft().result()
 
 
-def deterministic(wanted):
+def set_deterministic(wanted):
     """Turn CUDA's deterministic algorithms on or off, so that runs can be repeated bit for bit."""
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(wanted, warn_only=True)
@@ -522,7 +522,7 @@ def stage_panel(run, photos, i, r):
     for caption, M in zip(("localization map", "+ affinity", "+ self-guided"), maps):
         M = refine.upsample(M, image.size[::-1])[0].cpu()  # (P,H,W)
         for row, M_k in zip(rows, M):
-            row[caption] = data.heat(image, M_k)
+            row[caption] = data.heatmap(image, M_k)
     for caption, label in labels.items():
         shown = " ".join(names[k] for k in np.unique(label) if 0 < k < IGNORE)
         for row in rows:
@@ -918,7 +918,7 @@ def open_data(cfg):
     train_set = data.VOC(root, "train")
     if not cfg.voc and train_set.class_names != list(data.TOY_CLASSES):
         raise InputError(root, "is not the toy set", "Choose another --out", "toy")
-    if not train_set.has("val"):
+    if not train_set.has_split("val"):
         return train_set, None
     val_set = data.VOC(root, "val")
     data.warn_of_lists(train_set, val_set)
@@ -1005,8 +1005,8 @@ def new_run(cfg, argv=()):
 def load_run(folder, given=None, lock=True):
     """Return the run in a folder as it was last saved.
 
-    given: options of the command line. Only those in FREE may differ from the run's own. The data
-    must be the same as when the run began. Raises InputError.
+    given: options of the command line. Only those in MAY_CHANGE may differ from the run's own. The
+    data must be the same as when the run began. Raises InputError.
     """
     given = given or {}
     path = Path(folder) / "checkpoint.pt"
@@ -1018,7 +1018,7 @@ def load_run(folder, given=None, lock=True):
         cfg = check(Config(**own | device | given | {"out": str(folder)}))
         saved = {what: state["data"][what] for what in ("classes", "ids", "tags", "corrected")}
         for name in given:
-            if name not in FREE and getattr(cfg, name) != own[name]:
+            if name not in MAY_CHANGE and getattr(cfg, name) != own[name]:
                 problem = (
                     f"was started with --{name.replace('_', '-')} {own[name]}, not {given[name]}"
                 )
@@ -1094,36 +1094,36 @@ def check(cfg):
         value = getattr(cfg, f.name)
         # the values of a checkpoint may have any type
         if not isinstance(value, (int, float) if f.type is float else f.type):
-            fail(f.name, value, f"Give a value of type {f.type.__name__}")
+            reject_option(f.name, value, f"Give a value of type {f.type.__name__}")
         low = f.metadata["low"]
         high = f.metadata["high"]
         numbers = value if isinstance(value, tuple) else (value,)
         if not isinstance(value, str) and not all(low <= x <= high for x in numbers):
-            fail(f.name, value, f"Give a value from {low:g} to {high:g}")
+            reject_option(f.name, value, f"Give a value from {low:g} to {high:g}")
         if f.metadata["choices"] and value not in f.metadata["choices"]:
-            fail(f.name, value, f"Choose one of {', '.join(f.metadata['choices'])}")
+            reject_option(f.name, value, f"Choose one of {', '.join(f.metadata['choices'])}")
     if cfg.crop % 16 != 1:
-        fail("crop", cfg.crop, "Give a number of the form 16n+1")
+        reject_option("crop", cfg.crop, "Give a number of the form 16n+1")
     if cfg.scale[0] > cfg.scale[1]:
-        fail("scale", cfg.scale, "Give the smaller number first")
+        reject_option("scale", cfg.scale, "Give the smaller number first")
     if cfg.lo > cfg.hi:
-        fail("lo", cfg.lo, f"It must not be above --hi {cfg.hi}")
+        reject_option("lo", cfg.lo, f"It must not be above --hi {cfg.hi}")
     if cfg.weights == "auto" and BACKBONES[cfg.backbone].imagenet is None:
         cfg.weights = "none"
     if cfg.weights == "none" and cfg.warmup < 1:
         remedy = "Without ImageNet weights the warm-up trains the CAM head: give --warmup 15"
-        fail("warmup", cfg.warmup, f"{remedy} and, for example, --lr 0.1")
+        reject_option("warmup", cfg.warmup, f"{remedy} and, for example, --lr 0.1")
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices = ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count())), "cpu"]
     cfg.device = devices[0] if cfg.device == "auto" else cfg.device
     if cfg.device not in devices:
-        fail("device", cfg.device, f"This machine has {', '.join(devices)}")
+        reject_option("device", cfg.device, f"This machine has {', '.join(devices)}")
     check_devices(cfg.device)
     return cfg
 
 
-def fail(name, value, remedy):
+def reject_option(name, value, remedy):
     """Raise InputError for the value of an option."""
     value = " ".join(map(str, value)) if isinstance(value, tuple) else value
     raise InputError(f"--{name.replace('_', '-')} {value}", "cannot be used", remedy, "option")
@@ -1196,7 +1196,7 @@ def run_job(argv):
     if job.eval and "voc" in given:
         return evaluate_split(job.eval, given, job.split, scales)
     if job.eval:
-        run = load_run(job.eval, {k: v for k, v in given.items() if k in FREE}, lock=False)
+        run = load_run(job.eval, {k: v for k, v in given.items() if k in MAY_CHANGE}, lock=False)
         set_options(run.net, given, scales)
         return evaluate(run)
     kind = next((name for name in ("photos", "voc") if name in given), "toy")
@@ -1232,7 +1232,7 @@ def main(argv=None):
             raise runtime_problem(e) or e
 
     if torch.cuda.is_available():
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for `deterministic`
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for `set_deterministic`
     status = data.run_command("sgseg", command, argv)
     if status == 130:
         hint = "Continue a training run with --out RUN --resume; at most one epoch is repeated."

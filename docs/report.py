@@ -313,7 +313,7 @@ def chart(methods):
 
     # axes: a line for every 5 points, a number for every round
     parts = [f'<rect width="720" height="{height}" fill="white"/>',
-             f'<text x="60" y="22">mIoU on val, %</text>']  # fmt: skip
+             '<text x="60" y="22">mIoU on val, %</text>']  # fmt: skip
     for v in range(low, high + 1, 5 if high - low <= 50 else 10):
         x, y = place(1, v).split(",")
         parts.append(f'<path d="M{x} {y}h400" stroke="#ddd"/>')
