@@ -2,8 +2,9 @@
 
 Ke & Hsu (2018) name the stages in sentences 5 to 8 of their abstract and say which features each
 of them reads. Only the abstract was available to us, so every formula and every number below is our
-choice. Its source is given beside it; "tuned" means that it was chosen with training masks of our
-VOC subsets and then fixed (docs/CHOICES.md). `four_stages` runs all of them in order:
+choice. Its source is given beside it; "tuned" means that it was chosen with masks of training
+photos of our VOC subsets (LO and HI also with val masks) and then fixed (docs/CHOICES.md).
+`four_stages` runs all of them in order:
 
     upsample            bring S to the grid of F_mid
     1 localization_maps M_k = relu(S_k) / max relu(S_k)            where is each class, roughly?
@@ -23,8 +24,8 @@ same `tagged` applies to every image of the batch. All results except the label 
 import torch
 import torch.nn.functional as F
 
-# These numbers are the defaults of `python train.py` and `python sgseg.py`. The toy set overrides
-# STRENGTH, RADIUS, EPS, LO and HI with its own: TOY in train.py.
+# The defaults of train.py and sgseg.py for photos. The toy set has its own STRENGTH, RADIUS, EPS,
+# LO and HI: TOY in train.py.
 IGNORE = 255  # VOC's index for undecided pixels: they enter no loss and no score
 LO = 0.30  # a pixel is background if all its maps are below LO (tuned)
 HI = 0.60  # a pixel gets a class if that class's map is at least HI (tuned)
@@ -42,8 +43,8 @@ EPS = 1e-5  # regularisation of the guided filter (tuned)
 def localization_maps(scores, tagged, unit=None):
     """Stage 1. Return M_k = relu(S_k) / max relu(S_k) for every tagged class k.
 
-    If the scores have one scale for all photos, pass as `unit` the score that is
-    mapped to 1. Then M_k = min(1, relu(S_k) / unit).
+    If equal scores mean equal certainty on all photos (those of `train.fit_cam` do), pass as `unit`
+    the score that is to become 1: M_k = min(1, relu(S_k) / unit).
 
     scores (B,K,h,w): the CAM scores S. tagged (P,): indices of the tagged classes.
     unit: a positive score (1 for the CAM head of `train.fit_cam`), or None.
@@ -65,9 +66,8 @@ def localization_maps(scores, tagged, unit=None):
 def head_maps(logits, tagged, temperature=2.0):
     """Stage 1 from round 2 on. Return softmax(Z / temperature)_k of every tagged class k.
 
-    The softmax runs over the background and the tagged classes.
-
-    The segmentation head was trained on the labels of all photos. Their errors partly cancel, so
+    The softmax runs over the background and the tagged classes. The segmentation head was trained on
+    the labels of all photos. Most of their errors differ from photo to photo and average out, so
     its maps are better than the CAM head's. Dividing by `temperature` counteracts its
     over-confidence.
 
@@ -75,7 +75,8 @@ def head_maps(logits, tagged, temperature=2.0):
     Returns (B,P,h,w) in [0,1]. Raises ValueError as `localization_maps` does.
     Source: our choice (temperature: tuned).
 
-    The 9. is the logit of class 0, which has no tag:
+    Z has the channels background, class 0, class 1. Class 0 has no tag, so its logit 9. has no
+    effect:
 
     >>> head_maps(torch.tensor([0., 9., 0.]).view(1, 3, 1, 1), [1]).item()
     0.5
@@ -95,7 +96,8 @@ def affinity(features, dilations=DILATIONS, temperature=TEMPERATURE):
 
     features (B,C,h,w). Returns A (B,hw,N) in [0,1], 0 where j lies outside the grid, and
     index (hw,N) int64, the pixel j of every entry.
-    Raises ValueError if temperature < 0.03: not far below, exp() underflows in float32.
+    Raises ValueError if temperature < 0.03: at about 0.02, exp(-2 / temperature) becomes 0 in
+    float32, and a row of A could sum to 0.
     Source: our choice; the cosine as in SEAM (Wang et al. 2020), the neighbours as in PAMR
     (Araslanov & Roth 2020).
     """
@@ -174,8 +176,9 @@ def self_guided(maps, image, radius=RADIUS, eps=EPS):
 
     In every window of the maps' grid the map is fitted as an affine function of the image's
     colours (`guided_coefficients`, on the image averaged down to that grid). Only the coefficients
-    a, b are upsampled; they are then applied to the colours I_i at full resolution. Every sharp
-    edge of q is therefore an edge of the image (Fast Guided Filter, He & Sun 2015).
+    a, b are upsampled; they are then applied to the colours I_i at full resolution. Averaged over
+    windows and interpolated, a and b vary slowly; a sharp edge of q can therefore only come from I
+    (Fast Guided Filter, He & Sun 2015).
 
     maps (B,P,h,w) in [0,1]; image (B,3,H,W) in [0,1]; radius in cells of the maps' grid.
     Returns (B,P,H,W) in [0,1]; a map of zeros stays 0.
@@ -257,7 +260,7 @@ def stretch(maps, floor):
 
     Without that limit the weak map of a wrong tag would be amplified until it fills the picture.
 
-    maps (B,P,h,w) >= 0. Returns (B,P,h,w). Source: our choice.
+    maps (B,P,h,w) >= 0. Returns (B,P,h,w). Source: our choice (floor: tuned).
     """
     return maps / maps.amax((2, 3), keepdim=True).clamp_min(floor)
 
@@ -265,8 +268,9 @@ def stretch(maps, floor):
 def upsample(x, size):
     """Return x (B,C,h,w), bilinearly interpolated to (B,C,*size).
 
-    Corner pixels are mapped onto corner pixels, which is exact for images of sides 16n + 1: their
-    grids of strides 4, 8 and 16 share the corners.
+    The corner pixels of both grids coincide. This is where they lie in the image if its sides are
+    16n + 1: then the grids of strides 4, 8 and 16 all begin and end at the image's first and last
+    pixel.
     """
     if x.shape[1] == 0:  # a photo without a tag has no maps
         return x.new_zeros(*x.shape[:2], *size)
@@ -276,13 +280,13 @@ def upsample(x, size):
 def guided_coefficients(p, I, radius, eps):
     """Return the coefficients of the guided filter, averaged over all windows that contain a pixel.
 
-    In every window omega_k the result is an affine function of the colours, q_i = a_k . I_i + b_k:
+    In every window omega_n the result is an affine function of the colours, q_i = a_n . I_i + b_n:
 
-        a_k = (Sigma_k + eps U)^-1 (mean_k(I p) - mu_k mean_k(p)),     b_k = mean_k(p) - a_k . mu_k
+        a_n = (Sigma_n + eps U)^-1 (mean_n(I p) - mu_n mean_n(p)),     b_n = mean_n(p) - a_n . mu_n
 
-    mu_k and Sigma_k are the mean and the 3x3 covariance of the colours in omega_k, U the identity.
+    mu_n and Sigma_n are the mean and the 3x3 covariance of the colours in omega_n, U the identity.
 
-    p (B,P,h,w): the maps; I (B,3,h,w) in [0,1]: the guidance image; omega_k is 2 radius + 1 cells
+    p (B,P,h,w): the maps; I (B,3,h,w) in [0,1]: the guidance image; omega_n is 2 radius + 1 cells
     wide and high. Returns mean(a) (B,P,3,h,w) and mean(b) (B,P,h,w), computed in float64: in
     float32 the variance of a nearly flat window is lost.
     Raises ValueError if the sizes differ, I is not an RGB image in [0,1], radius < 0 or eps < 1e-9.
@@ -295,7 +299,7 @@ def guided_coefficients(p, I, radius, eps):
     if I.min() < -1e-3 or I.max() > 1 + 1e-3:
         raise ValueError(f"want an image in [0,1], got {I.min():.3g} to {I.max():.3g}")
     x = torch.cat([I, p], 1).double()  # (B,3+P,h,w): the colours, then the maps
-    mean = box_mean(x, radius)  # (B,3+P,h,w): mu_k, then mean_k(p)
+    mean = box_mean(x, radius)  # (B,3+P,h,w): mu_n, then mean_n(p)
     # in every window, the covariances of the three colours with the colours and with the maps
     products = (x[:, :3, None] * x[:, None]).flatten(1, 2)  # (B,3(3+P),h,w)
     products = box_mean(products, radius).unflatten(1, (3, -1))  # (B,3,3+P,h,w)
@@ -313,7 +317,8 @@ def guided_coefficients(p, I, radius, eps):
 def box_mean(x, radius):
     """Return the mean over the (2 radius + 1)^2 window around each pixel, cut at the border.
 
-    The cost of running sums does not depend on the radius; that of torch's average pooling does.
+    Computed with running sums: their cost does not depend on the radius, as it would with torch's
+    average pooling.
 
     x (B,C,H,W); radius >= 0. Returns (B,C,H,W).
 

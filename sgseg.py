@@ -515,17 +515,6 @@ def imagenet_scores(image, tag=None):
     return S[:, group].mean(1, keepdim=True), mid, name, group
 
 
-def run_stages(S, mid, I, strength, walk_steps, temperature, floor, radius, eps, lo, hi):
-    """Run `refine.four_stages` on the scores S (1,1,h,w) of one class with these settings."""
-
-    def guide(maps, features):
-        return refine.affinity_guided(maps, features, strength, walk_steps, temperature)
-
-    transfer = partial(refine.self_guided, radius=radius, eps=eps)
-    stages = (refine.localization_maps, guide, transfer)
-    return refine.four_stages(S, mid, I, [0], stages, lo, hi, floor)
-
-
 def affinity_map(features, i, temperature=refine.TEMPERATURE):
     """Return a map (1,1,h,w) of the affinity of pixel i to its neighbours, scaled to at most 1."""
     A, index = refine.affinity(features, temperature=temperature)  # (1,hw,N), (hw,N)
@@ -547,9 +536,13 @@ def stage_rows(image, tag=None, settings=({},)):
     I = to_tensor(image)[None]
     rows = []
     for changed in settings:
-        numbers = {key: default for key, (default, *_) in STAGE_OPTIONS.items()} | changed
-        *maps, label = run_stages(S, mid, I, **numbers)
-        maps.insert(1, affinity_map(mid, int(maps[0].argmax()), numbers["temperature"]))
+        o = {key: default for key, (default, *_) in STAGE_OPTIONS.items()} | changed
+        walk = {key: o[key] for key in ("strength", "walk_steps", "temperature")}
+        guide = partial(refine.affinity_guided, **walk)
+        transfer = partial(refine.self_guided, radius=o["radius"], eps=o["eps"])
+        stages = (refine.localization_maps, guide, transfer)
+        *maps, label = refine.four_stages(S, mid, I, [0], stages, o["lo"], o["hi"], o["floor"])
+        maps.insert(1, affinity_map(mid, int(maps[0].argmax()), o["temperature"]))
         row = {" ".join(f"{k} {v:g}" for k, v in changed.items()) or name: image}
         captions = ("localization map", "affinity of its maximum", "+ affinity", "+ self-guided")
         for caption, M in zip(captions, maps):
