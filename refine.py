@@ -66,8 +66,8 @@ def localization_maps(scores, tagged, unit=None):
 def head_maps(logits, tagged, temperature=2.0):
     """Stage 1 from round 2 on. Return softmax(Z / temperature)_k of every tagged class k.
 
-    The softmax runs over the background and the tagged classes. The segmentation head was trained on
-    the labels of all photos. Most of their errors differ from photo to photo and average out, so
+    The softmax runs over the background and the tagged classes. The segmentation head was trained
+    on the labels of all photos. Most of their errors differ from photo to photo and average out, so
     its maps are better than the CAM head's. Dividing by `temperature` counteracts its
     over-confidence.
 
