@@ -162,7 +162,7 @@ class VOC:
             raise InputError(self.root, problem, remedy, "masks")
 
     def _check_tags(self):
-        """Raise InputError if all photos have the same tags; warn of tags on no or every photo."""
+        """Raise InputError if all photos have the same tags; warn of tags on all or no photos."""
         shares = self.tags.mean(0).tolist()
         if not set(shares) - {0, 1}:
             remedy = (
@@ -256,7 +256,7 @@ class Photos(VOC):
         return self.found_tags[i]
 
     def is_annotated(self, i):
-        """Return True: photos of a folder without a tag are untagged examples."""
+        """Return True: in a folder of photos, those without a tag are known to show no class."""
         return True
 
 
@@ -492,7 +492,7 @@ def read_image(source):
     """Return an upright RGB PIL image.
 
     source: a path, the bytes of a file, an open binary file, a PIL image, or an (H,W,3) uint8 RGB
-    array (BGR arrays, as OpenCV reads them, cannot be told apart). Grey, CMYK, palette, RGBA and
+    array (BGR arrays, as OpenCV reads them, cannot be recognised). Grey, CMYK, palette, RGBA and
     16-bit pictures are converted; the EXIF orientation is applied.
     Raises InputError for a file that cannot be read, ValueError for any other array.
     """
@@ -657,7 +657,7 @@ def read_classes(root, usual):
 def photos_of(path):
     """Return the pictures in a folder, sorted, or [path] for anything else.
 
-    Hidden files are left out, and NAME_stages.png beside a photo NAME (sgseg.py writes those).
+    Hidden files are left out, as is NAME_stages.png beside a photo NAME (sgseg.py writes it).
     """
     path = Path(path)
     if not path.is_dir():
@@ -940,7 +940,10 @@ def raise_all(problems, most=None):
 
 
 def read(path, limit=2**28):
-    """Return the bytes of a file, at most `limit`. Raises InputError. All files are read here."""
+    """Return all bytes of a file of at most `limit` bytes. All files are read here.
+
+    Raises InputError.
+    """
     path = Path(path)
     with as_input_error(path, "cannot be read", "Check the file and its permissions", "read"):
         if not path.exists():

@@ -75,8 +75,8 @@ def head_maps(logits, tagged, temperature=2.0):
     Returns (B,P,h,w) in [0,1]. Raises ValueError as `localization_maps` does.
     Source: our choice (temperature: tuned).
 
-    Z has the channels background, class 0, class 1. Class 0 has no tag, so its logit 9. has no
-    effect:
+    Z has the channels background, class 0, class 1. Class 0 has no tag, so its logit, 9, has
+    no effect:
 
     >>> head_maps(torch.tensor([0., 9., 0.]).view(1, 3, 1, 1), [1]).item()
     0.5
@@ -186,7 +186,7 @@ def self_guided(maps, image, radius=RADIUS, eps=EPS):
     Source: abstract, sentence 7. That the paper means this filter is our reading of the sentence.
 
     Worked example: a map of two cells over an image of two black and two white pixels. The result
-    has its edge where the image has it.
+    has its edge where the image has its own.
 
     >>> black_white = torch.tensor([0., 0., 1., 1.]).expand(1, 3, 1, 4)
     >>> self_guided(torch.tensor([[[[.2, .8]]]]), black_white, radius=1)
@@ -268,9 +268,9 @@ def stretch(maps, floor):
 def upsample(x, size):
     """Return x (B,C,h,w), bilinearly interpolated to (B,C,*size).
 
-    The corner pixels of both grids coincide. This is where they lie in the image if its sides are
-    16n + 1: then the grids of strides 4, 8 and 16 all begin and end at the image's first and last
-    pixel.
+    The corner pixels of x become those of the result. This is exact for images with sides of the
+    form 16n + 1, because their grids of strides 4, 8 and 16 all begin and end at the image's first
+    and last pixel.
     """
     if x.shape[1] == 0:  # a photo without a tag has no maps
         return x.new_zeros(*x.shape[:2], *size)

@@ -289,7 +289,7 @@ class VGG16(Backbone):
     """VGG-16 (Simonyan & Zisserman 2015) with torchvision's parameter names.
 
     Pooling rounds up, so that grids of 16n+1 inputs stay aligned. pool5 is dropped, so that F_high
-    keeps stride 16, and conv5 is dilated by 2 in its place, as in DeepLab (Chen et al. 2015).
+    keeps stride 16. conv5 is dilated by 2 to see a wider context, as in DeepLab (Chen et al. 2015).
     """
 
     channels = (512, 512)

@@ -107,7 +107,7 @@ class Config:
     workers: int = option(-1, "threads that read ahead; -1: 4 with CUDA, else 0", "", -1, 1000)
 
 
-# The toy set's own defaults (our choice: trained in a minute on two cores)
+# The toy set's own defaults (our choice: a run takes a minute on two cores)
 TOY = {"backbone": "tiny", "warmup": 15, "epochs": 4, "lr": 0.1, "crop": 97, "size": 97}
 TOY |= {"scale": (0.75, 1.25), "strength": (5.0, 5.0), "radius": 2, "eps": 1e-3}
 TOY |= {"lo": 0.45, "hi": 0.6, "object_bias": 0.0}
@@ -133,7 +133,7 @@ def train(run):
     for r in range(1, rounds + 1):
         refine_labels(run, r)  # network fixed, labels change
         update(run, r)  # labels fixed, network changes
-        snapshot(run, r)  # save, draw and score the network; training does not depend on it
+        snapshot(run, r)  # save and score the network, draw panels; training does not need this
     refine_labels(run, rounds + 1)  # make the final labels
 
 
@@ -303,7 +303,7 @@ def make_label(run, i, r):
 
 
 def warn_of_lost_classes(run, r, share):
-    """Warn of tagged classes that label almost no pixel, and of labels that are all background."""
+    """Warn of tagged classes with almost no pixels, and of labels that are all background."""
     tagged = [1, *run.train_set.tags.sum(0).tolist()]
     lost = [name for name, x, n in zip(run.net.label_names, share, tagged) if n and x < 1e-4]
     lost += ["anything but background"] if share[0] > 0.99 else []
@@ -334,7 +334,8 @@ def losses(net, x, y, labels):
         refine_labels   no           no         no      no       no              no
 
     * With lite0's ImageNet weights F_mid comes from frozen layers, so F_mid and the affinity graph
-    never change.
+    never change. The column counts only what reaches F_mid directly: where F_high is computed from
+    F_mid (tiny, vgg16), both losses reach it through F_high as well.
     """
     with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):  # float32 on a CPU
         _, s, Z, _ = net(x)
@@ -571,8 +572,8 @@ def validate(net, photos):
 def score_stages(run):
     """Return summaries over the training photos that have masks and were not corrected.
 
-    "train cam", "train affinity", "train self_guided": the maps that round 1 refines (of the
-    network after the warm-up), thresholded at (lo + hi) / 2. "labels roundR" and "last labels": the
+    "train cam", "train affinity", "train self_guided": the maps of refine 1, made by the
+    network after the warm-up, thresholded at (lo + hi) / 2. "labels roundR" and "last labels": the
     pseudo labels on decided pixels only; `decided` is their share. Photos whose mask cannot be used
     are left out, with a warning.
     """
@@ -686,7 +687,7 @@ def set_options(net, given, scales):
 
 
 def evaluate_split(folder, given, split, scales):
-    """Score a trained network on a split of a devkit with the same classes; print and write this.
+    """Score a network on a split of a devkit with the same classes; print and write the score.
 
     The file is RUN/results_DEVKIT_SPLIT_SETTINGS.json. Raises InputError.
     """
@@ -1159,7 +1160,7 @@ def make_parser():
 def parse(argv):
     """Return the job of the command line and the options of Config that were given.
 
-    argparse refuses unknown and ill-typed options; combinations are refused here.
+    argparse refuses unknown and ill-typed options; impossible combinations are refused here.
     """
     parser = make_parser()
     job = parser.parse_args(argv)
