@@ -70,10 +70,10 @@ class Config:
     warmup: int = option(
         0, "epochs on L_cls alone before round 1; needed without ImageNet weights", "tuned", 0
     )
-    rounds: int = option(2, "rounds of refine and update before the last refine", "tuned", 0, 1000)
-    epochs: int = option(8, "epochs per update", "tuned", 1, 10_000)
+    rounds: int = option(3, "rounds of refine and update before the last refine", "tuned", 0, 1000)
+    epochs: int = option(4, "epochs per update", "our choice", 1, 10_000)
     min_steps: int = option(
-        3, "minimum number of steps per epoch; small sets are repeated", "tuned", 1, 10_000
+        5, "minimum number of steps per epoch; small sets are repeated", "tuned", 1, 10_000
     )
     batch: int = option(16, "images per step", "our choice", 1, 10_000)
     lr: float = option(
@@ -108,7 +108,7 @@ class Config:
 
 
 # The toy set's own defaults (our choice: a run takes a minute on two cores)
-TOY = {"backbone": "tiny", "warmup": 15, "epochs": 4, "lr": 0.1, "crop": 97, "size": 97}
+TOY = {"backbone": "tiny", "warmup": 15, "rounds": 2, "lr": 0.1, "crop": 97, "size": 97}
 TOY |= {"scale": (0.75, 1.25), "strength": (5.0, 5.0), "radius": 2, "eps": 1e-3}
 TOY |= {"lo": 0.45, "hi": 0.6, "object_bias": 0.0}
 # the options that may change on --resume
