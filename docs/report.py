@@ -1,8 +1,7 @@
-"""Show runs: as a page, as a chart, or as a table.
+"""Show runs as a page or as a chart.
 
     python docs/report.py RUN                                    write RUN/report.html
     python docs/report.py --chart OUT.svg NAME=RUN[,RUN...] ...  draw val mIoU by round
-    python docs/report.py --table RUN ...                        print headline figures as markdown
 
 The page is one self-contained file. It holds the panels of every round, the losses, the scores,
 the IoU of every class, the share of every label, the ten photos whose last labels are worst (where
@@ -348,54 +347,16 @@ def chart(methods):
     return f"{head} {style}>\n" + "\n".join([*parts, *bands, *lines]) + "\n</svg>\n"
 
 
-# ---- the table -----------------------------------------------------------------------------------
-
-
-def headline(folder):
-    """Return {"maps of round 1": mIoU in %, "labels round1", ..., "val round1", ...} of a run."""
-    results, metrics = read_run(folder)
-    figures = {}
-    if "train self_guided" in results:
-        figures["maps of round 1"] = results["train self_guided"]["miou"]
-    figures |= {name: row["miou"] for name, row in results.items() if "labels" in name}
-    figures |= {f"val round{m['round']:g}": m["val_miou"] for m in metrics if m["what"] == "val"}
-    return {name: 100 * x for name, x in figures.items()}
-
-
-def table(folders):
-    """Return lines of markdown: the figures of each run, then mean ± standard deviation."""
-    runs = [headline(Path(folder)) for folder in folders]
-    names = list(dict.fromkeys(name for run in runs for name in run))
-    rows = [["mIoU in %", *names], ["---"] * (len(names) + 1)]
-    for folder, run in zip(folders, runs):
-        texts = [f"{run[name]:.1f}" if name in run else "" for name in names]
-        rows.append([Path(folder).name, *texts])
-    if len(runs) > 1:
-        last = ["mean ± standard deviation"]
-        for name in names:
-            x = [run[name] for run in runs if name in run]
-            whole = len(x) == len(runs)  # a mean of some of the runs could not be compared
-            last.append(f"{np.mean(x):.1f} ± {np.std(x, ddof=1):.1f}" if whole else "")
-        rows.append(last)
-    return [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-
-
 # ---- the command line ----------------------------------------------------------------------------
 
 
 def run_job(argv):
-    """Write the page or the chart, or print the table. Raises InputError."""
+    """Write the page or the chart. Raises InputError."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("report.py", None, __doc__, formatter_class=layout)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a finished run")
-    jobs = parser.add_mutually_exclusive_group()
-    jobs.add_argument("--chart", metavar="OUT.svg", type=Path, help="draw NAME=RUN[,RUN...] ...")
-    jobs.add_argument("--table", action="store_true", help="print a table of the runs")
+    parser.add_argument("--chart", metavar="OUT.svg", type=Path, help="draw NAME=RUN[,RUN...] ...")
     given = parser.parse_args(argv)
-    if given.table:
-        for line in table(given.runs):
-            print_line(line)
-        return
     if given.chart:
         pairs = [text.partition("=") for text in given.runs]
         if not all(name and folders for name, _, folders in pairs):
@@ -406,7 +367,7 @@ def run_job(argv):
         content = chart({name: val_by_round(folders.split(",")) for name, _, folders in pairs})
     else:
         if len(given.runs) > 1:
-            parser.error("a page shows one run; --table compares several")
+            parser.error("a page shows one run; --chart compares several")
         folder = Path(given.runs[0])
         target = folder / "report.html"
         remedy = "Finish it with train.py --resume, or score it with train.py --eval"
