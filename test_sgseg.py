@@ -2990,8 +2990,9 @@ def test_help_shows_every_option_its_meaning_and_its_default(capsys):
     for option in dataclasses.fields(train.Config):
         about = option.metadata
         text = about["help"] + (f" ({about['source']})" if about["source"] else "")
-        toy = f", toy set: {train.TOY[option.name]}" if option.name in train.TOY else ""
-        text += f" [{option.default}{toy}]" if option.default != "" else ""
+        typed = train.as_typed
+        toy = f", toy set: {typed(train.TOY[option.name])}" if option.name in train.TOY else ""
+        text += f" [{typed(option.default)}{toy}]" if option.default != "" else ""
         assert f"--{option.name.replace('_', '-')}" in said
         assert "".join(text.split()) in said, option.name
         assert f"cfg.{option.name}" in source  # no option that nothing reads

@@ -1126,8 +1126,13 @@ def check(cfg):
 
 def reject_option(name, value, remedy):
     """Raise InputError for the value of an option."""
-    value = " ".join(map(str, value)) if isinstance(value, tuple) else value
-    raise InputError(f"--{name.replace('_', '-')} {value}", "cannot be used", remedy, "option")
+    option = f"--{name.replace('_', '-')} {as_typed(value)}"
+    raise InputError(option, "cannot be used", remedy, "option")
+
+
+def as_typed(value):
+    """Return the value of an option as text, as it is typed on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def make_parser():
@@ -1145,8 +1150,8 @@ def make_parser():
     for f in fields(Config):
         about = f.metadata
         source = f" ({about['source']})" if about["source"] else ""
-        toy = f", toy set: {TOY[f.name]}" if f.name in TOY else ""
-        default = f" [{f.default}{toy}]" if f.default != "" else ""
+        toy = f", toy set: {as_typed(TOY[f.name])}" if f.name in TOY else ""
+        default = f" [{as_typed(f.default)}{toy}]" if f.default != "" else ""
         kind = {"type": f.type, "metavar": f.type.__name__.upper()}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
