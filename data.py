@@ -14,6 +14,7 @@ import hashlib
 import io
 import math
 import os
+import pickle
 import re
 import secrets
 import shutil
@@ -974,7 +975,11 @@ def load(path):
             if size > len(content.getbuffer()) or archive.testzip() is not None:
                 raise InputError(path, "is damaged or compressed", "Give another file", "weights")
         content.seek(0)
-        return dict(torch.load(content, map_location="cpu", weights_only=True))
+        try:
+            return dict(torch.load(content, map_location="cpu", weights_only=True))
+        except pickle.UnpicklingError:  # torch explains at length how to run the file's code
+            problem = "is not a torch file, or holds more than tensors, numbers and text"
+            raise InputError(path, problem, "Give another", "weights") from None
 
 
 def check_finite(state, source):
