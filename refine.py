@@ -8,7 +8,7 @@ photos of our VOC subsets (LO and HI also with val masks) and then fixed (docs/C
 
     upsample            bring S to the grid of F_mid
     1 localization_maps M_k = relu(S_k) / max relu(S_k)            where is each class, roughly?
-                        (with ImageNet weights min(1, relu(S_k)): train.fit_cam fixes its scale)
+                        (with the CAM head of train.fit_cam min(1, relu(S_k)): it has a scale)
     2 affinity_guided   M <- (M0 + lambda T M) / (1 + lambda)      spread M where F_mid is similar
       stretch           M_k <- M_k / max(max M_k, floor)           the walk lowers the peaks
     3 self_guided       q_i = a_i . I_i + b_i                      follow the image's own edges

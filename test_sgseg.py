@@ -1414,7 +1414,9 @@ def test_corrected_masks_are_their_photos_labels(toy, finished, tmp_path, monkey
     iou, _ = scores_by_hand([photos.mask(i, (97, 97)) for i in others], labels)
     assert results(out)["last labels"]["miou"] == pytest.approx(np.mean(iou))
     assert results(out)["last labels"]["left_out_because_corrected"] == list(corrected)
-    (fixed / "toy_0003.png").unlink()
+    data.write(fixed / f"{photos.ids[3]}.png", mask_of(0))  # another mask, then none
+    assert refused(train.load_run, out).kind == "corrected"
+    (fixed / f"{photos.ids[3]}.png").unlink()
     assert refused(train.load_run, out).kind == "corrected"
 
 

@@ -12,12 +12,13 @@
 The method alternates (Ke & Hsu 2018, abstract, sentence 9): every round first refines the pseudo
 labels with the network fixed, then updates the network with the labels fixed. A last refine makes
 the final labels. The schedule and all numbers are our choice; "tuned" means chosen with training
-masks of VOC subsets and then fixed (docs/CHOICES.md).
+masks of VOC subsets (lo, hi and min_steps also with val masks) and then fixed (docs/CHOICES.md).
 """
 
 import argparse
 import csv
 import errno
+import hashlib
 import json
 import os
 import re
@@ -95,7 +96,7 @@ class Config:
     eps: float = option(refine.EPS, "eps of the guided filter", "tuned", 1e-9, 1e6)
     lo: float = option(refine.LO, "pixels are background if all maps are below it", "tuned", 0, 1)
     hi: float = option(
-        refine.HI, "pixels get a class whose map reaches it; last: (lo + hi) / 2", "tuned", 0, 1
+        refine.HI, "a class where its map reaches it; last refine: (lo + hi) / 2", "tuned", 0, 1
     )
     object_bias: float = option(
         0.75, "added to the logits of all objects when segmenting", "tuned", -100, 100
@@ -167,7 +168,7 @@ def fit_cam(run):
     """Solve for the CAM head on ImageNet features: two ridge regressions of targets t on x.
 
     The first has one sample per photo: x = mean_ij F_high, t = y. The second averages features
-    under the maps M of the first (divided by their maximum, because they have no scale yet):
+    under the maps M of the first (divided by their maximum, because their scale is that of photos):
 
         x_k = sum_ij M_k F_high / sum_ij M_k,   t = one-hot k     for every tag k of a photo, and
         x_0 = the same with M_0 = 1 - min(1, sum_k M_k),   t = 0  for its background
@@ -210,7 +211,8 @@ def fit_cam(run):
 def minutes_left(run, seconds):
     """Return an estimate of the minutes left. seconds: what one pass of `fit_cam` takes per photo.
 
-    Refining a photo takes 2.4 times as long and training on a crop 1.3 times (lite0 on a CPU).
+    Refining a photo takes 2.4 times as long and training on a crop 1.3 times (lite0 on a CPU). The
+    scores of val and of the training photos take as long as two more refines.
     """
     photos = 2.4 * (run.cfg.rounds + 3) * len(run.train_set.ids)
     crops = 1.3 * run.cfg.batch * steps_left(run)
@@ -334,8 +336,8 @@ def losses(net, x, y, labels):
         refine_labels   no           no         no      no       no              no
 
     * With lite0's ImageNet weights F_mid comes from frozen layers, so F_mid and the affinity graph
-    never change. The column counts only what reaches F_mid directly: where F_high is computed from
-    F_mid (tiny, vgg16), both losses reach it through F_high as well.
+    never change. The column counts only what reaches F_mid directly. Where its layers are not
+    frozen (tiny, vgg16, lite0 without ImageNet weights), both losses train them through F_high too.
     """
     with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):  # float32 on a CPU
         _, s, Z, _ = net(x)
@@ -841,6 +843,7 @@ class Run:
     net: SGSeg
     optimizer: torch.optim.Optimizer
     about: dict  # config.json: options, command line, versions
+    identity: dict  # properties of the data that must not change when the run is resumed
     corrected: dict = field(default_factory=dict)  # index of a photo -> its corrected mask
     annotate: object = label_image
     epoch: int = 0
@@ -859,7 +862,7 @@ class Run:
         model = data.check_finite(self.net.state_dict(), f"{self.folder}: the network")
         state = {"config": asdict(self.cfg), "model": model, "epoch": self.epoch}
         state |= {"optimizer": self.optimizer.state_dict(), "metrics": self.metrics}
-        state |= {"about": self.about, "data": identity(self)}
+        state |= {"about": self.about, "data": self.identity}
         write(self.folder / "checkpoint.pt", state)
         write(self.folder / "config.json", json.dumps(self.about, indent=1))
         write(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
@@ -889,9 +892,13 @@ def format_value(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def identity(run):
+def identity(train_set, corrected):
     """Return the properties of the data that must not change when a run is resumed."""
-    return run.train_set.identity() | {"corrected": [run.train_set.ids[i] for i in run.corrected]}
+    masks = [
+        f"{train_set.ids[i]} {hashlib.sha256(data.read(path)).hexdigest()}"
+        for i, path in corrected.items()
+    ]
+    return train_set.identity() | {"corrected": masks}
 
 
 def build(cfg, argv=(), initialize=True):
@@ -906,7 +913,8 @@ def build(cfg, argv=(), initialize=True):
     about = {"config": asdict(cfg), "command": list(argv), "threads": torch.get_num_threads()}
     about |= {"python": sys.version, "torch": str(torch.__version__), "numpy": np.__version__}
     corrected = read_corrected(cfg.corrected, train_set) if cfg.corrected else {}
-    return Run(cfg, train_set, val_set, net, optimizer, about, corrected)
+    same = identity(train_set, corrected)
+    return Run(cfg, train_set, val_set, net, optimizer, about, same, corrected)
 
 
 def open_data(cfg):
@@ -1028,7 +1036,7 @@ def load_run(folder, given=None, lock=True):
     held = lock_folder(Path(folder)) if lock else None
     run = build(cfg, initialize=False)
     run.lock = held
-    for what, value in identity(run).items():
+    for what, value in run.identity.items():
         if value != saved[what]:
             problem = f"has changed since {folder} was started: its {what} differ"
             remedy = "Restore them, or start a new --out"
