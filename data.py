@@ -19,6 +19,7 @@ import re
 import secrets
 import shutil
 import sys
+import threading
 import time
 import unicodedata
 import warnings
@@ -45,6 +46,7 @@ UNREADABLE = (".heic", ".heif", ".avif", ".gif", ".jp2", ".dng", ".cr2", ".nef",
 # the cells below a class name in a table of tags: yes, no, 1, 0 and the like, or empty
 FLAG = r"|\d+(\.0*)?|true|false|yes|no|y|n|x"
 MOST_PIXELS = 64_000_000  # in a photo
+LIBTIFF = threading.Lock()  # of `silent_libtiff`
 
 
 # ---- a devkit ------------------------------------------------------------------------------------
@@ -521,7 +523,7 @@ def decode(source, convert):
     if name != "the picture" and name.suffix.lower() in (".heic", ".heif", ".avif", ".gif"):
         problem += f" ({name.suffix} files are not supported)"
     remedy = f"Convert it to JPEG or PNG (supported: {', '.join(FORMATS)})"
-    with as_input_error(name, problem, remedy, "image"):
+    with as_input_error(name, problem, remedy, "image"), silent_libtiff(content):
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             w, h = image.size
             if min(w, h) < 16 or w * h > MOST_PIXELS:
@@ -529,6 +531,26 @@ def decode(source, convert):
                 remedy = "Resize it: at least 16 pixels per side, at most 64 million in total"
                 raise InputError(name, problem, remedy, "size")
             return convert(image, name)
+
+
+@contextmanager
+def silent_libtiff(content):
+    """Discard what libtiff prints about a damaged TIFF: it writes to file descriptor 2 by itself."""
+    if content[:2] not in (b"II", b"MM"):
+        yield
+        return
+    with LIBTIFF, open(os.devnull, "w") as nowhere:  # one thread at a time
+        try:
+            stderr = os.dup(2)
+        except OSError:  # it is closed
+            yield
+            return
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def to_rgb(image, name):

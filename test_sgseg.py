@@ -2065,6 +2065,17 @@ def test_a_class_on_every_training_photo_or_on_none_gives_a_warning(kit, capsys)
 # ---- several processes ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: 9 bytes")])
+def test_full_memory_is_one_line_with_a_remedy(error, toy, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(train, "update_step", full)
+    assert train.main(options(toy, tmp_path / "run")) == 2
+    message = error_line(capsys)
+    assert "memory" in message and "--batch" in message and well_formed(message, "sgseg: ")
+
+
 def test_several_processes_need_a_gpu_each(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -2748,6 +2759,15 @@ def test_pictures_of_more_than_8_bits_are_read_or_rejected():
         assert np.array_equal(np.asarray(grey)[:, :, 0], values >> 8)
     for wrong in (values.astype(np.int32), (values / 63840).astype(np.float32)):
         assert refused(read_image, encoded(Image.fromarray(wrong), "TIFF")).kind == "image"
+
+
+def test_libtiff_prints_nothing_of_its_own(capfd):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    content = bytearray(encoded(Image.fromarray(noise), "TIFF", compression="tiff_lzw"))
+    content[20:60] = b"\xff" * 40
+    assert refused(read_image, bytes(content)).kind == "image"
+    print("stderr works again", file=sys.stderr)
+    assert capfd.readouterr().err == "stderr works again\n"
 
 
 def with_exif(kind, orientation, **odd):
