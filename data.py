@@ -301,13 +301,14 @@ def refuse_masks_beside_photos(photos):
     for path in photos:
         by_folder.setdefault(path.parent, []).append(path)
         base = re.sub(r"_(mask|masks|label|labels|gt|seg|segmentation|overlay)$", "", path.stem)
-        same = names[path.with_suffix("")] > 1 and path.suffix == ".png"
-        if base != path.stem and path.parent / base in names or same and is_indexed(path):
+        shares_name = names[path.with_suffix("")] > 1 and path.suffix == ".png"
+        is_marked = base != path.stem and path.parent / base in names
+        if is_marked or shares_name and is_indexed(path):
             problem = "looks like a mask of the photo beside it"
             raise InputError(path, problem, "Move masks to DIR/masks, or elsewhere", "mask")
     for folder, paths in by_folder.items():
-        same = all(path.suffix == ".png" and stems[path.stem] > 1 for path in paths)
-        if same and all(map(is_indexed, paths)):
+        all_share_names = all(path.suffix == ".png" and stems[path.stem] > 1 for path in paths)
+        if all_share_names and all(map(is_indexed, paths)):
             problem = "looks like a folder of masks: its PNG files are named like photos elsewhere"
             raise InputError(folder, problem, "Move masks to DIR/masks, or elsewhere", "mask")
 
@@ -331,20 +332,16 @@ def tags_of_table(path):
         header = rows.pop(0)[1]
         photos.pop(0)
     cells = [cell.strip().lower() for _, row in rows for cell in row[1:]]
-    columns = header and all(re.fullmatch(FLAG, cell) for cell in cells)
-    if columns and len(set(header[1:])) < len(header[1:]):
+    # are the columns classes, with only yes or no below them?
+    class_columns = header[1:] if header and all(re.fullmatch(FLAG, c) for c in cells) else None
+    if class_columns and len(set(class_columns)) < len(class_columns):
         raise InputError(path, "has two columns with the same name", "Rename or remove one", "tags")
     found = {}
     for photo, (number, row) in zip(photos, rows):
         if photo is None:
             problem = f'row {number} names "{row[0]}", which is not a file below {folder}'
             raise InputError(path, problem, "Correct the name", "missing")
-        if columns:
-            no = re.compile(r"|0+(\.0*)?|false|no?", re.IGNORECASE)
-            tags = [name for name, cell in zip(header[1:], row[1:]) if not no.fullmatch(cell)]
-        else:
-            tags = [tag for cell in row[1:] for tag in re.split("[,;|]", cell) if tag.strip()]
-        tags = {nfc(tag.strip()) for tag in tags}
+        tags = tags_of_row(row[1:], class_columns)
         for tag in sorted(tags):
             flag = re.fullmatch(FLAG, tag.lower()) or tag.lower() in ("none", "null", "nan")
             if flag or not re.match(r"[^\W\d]", tag) or re.search(r"[\[\]{}()<>=\"]", tag):
@@ -355,6 +352,16 @@ def tags_of_table(path):
     refuse_lists_in_names(path, set().union(*found.values()))
     warn_of_unused(folder, set(found))
     return found
+
+
+def tags_of_row(cells, class_columns):
+    """Return the set of tags in the cells of a row; with class_columns, those not marked as no."""
+    if class_columns:
+        no = re.compile(r"|0+(\.0*)?|false|no?", re.IGNORECASE)
+        tags = [name for name, cell in zip(class_columns, cells) if not no.fullmatch(cell)]
+    else:
+        tags = [tag for cell in cells for tag in re.split("[,;|]", cell) if tag.strip()]
+    return {nfc(tag.strip()) for tag in tags}
 
 
 def read_rows(path):
@@ -535,7 +542,7 @@ def decode(source, convert):
 
 @contextmanager
 def silent_libtiff(content):
-    """Discard what libtiff prints about a damaged TIFF: it writes to file descriptor 2 by itself."""
+    """Discard libtiff's messages about a damaged TIFF: it writes to file descriptor 2 itself."""
     if content[:2] not in (b"II", b"MM"):
         yield
         return
@@ -1001,7 +1008,7 @@ def load(path):
             return dict(torch.load(content, map_location="cpu", weights_only=True))
         except pickle.UnpicklingError:  # torch explains at length how to run the file's code
             problem = "is not a torch file, or holds more than tensors, numbers and text"
-            raise InputError(path, problem, "Give another", "weights") from None
+            raise InputError(path, problem, "Give another file", "weights") from None
 
 
 def check_finite(state, source):

@@ -223,6 +223,7 @@ class SegHead(nn.Module):
         self.classify = nn.Conv2d(width, num_classes + 1, 1)
 
     def forward(self, mid, high):
+        """Return Z (B,K+1,H/8,W/8) of F_mid and F_high."""
         h = refine.upsample(self.from_high(high), mid.shape[-2:])  # (B,128,H/8,W/8)
         return self.classify(self.fuse(torch.cat([h, self.from_mid(mid)], 1)))
 
@@ -280,6 +281,7 @@ class Tiny(Backbone):
         self.high = nn.Sequential(conv_bn(48, 96, stride=2), conv_bn(96, 96))
 
     def forward(self, x):
+        """Return F_mid (B,48,H/8,W/8) and F_high (B,96,H/16,W/16) of x (B,3,H,W)."""
         low = self.low(x)  # (B,32,H/4,W/4)
         mid = self.mid(low)  # (B,48,H/8,W/8)
         return mid, self.high(mid)  # (B,96,H/16,W/16)
@@ -311,6 +313,7 @@ class VGG16(Backbone):
         self.frozen = [self.features[:16]]  # up to conv3_3 (our choice; DeepLab: up to conv2)
 
     def forward(self, x):
+        """Return F_mid (B,512,H/8,W/8) and F_high (B,512,H/16,W/16) of x (B,3,H,W)."""
         mid = self.features[:23](x)  # (B,512,H/8,W/8)   conv4_3
         return mid, self.features[23:](mid)  # (B,512,H/16,W/16) conv5_3
 
@@ -339,6 +342,7 @@ class InvertedResidual(nn.Module):
         self.skip = stride == 1 and c_in == c_out
 
     def forward(self, x):
+        """Return the features of the next block; x (B,c_in,H,W)."""
         h = F.relu6(self.bn0(self.expand_conv(x))) if self.expand > 1 else x
         h = F.relu6(self.bn1(self.depthwise_conv(h)))
         h = self.bn2(self.project_conv(h))
@@ -389,6 +393,7 @@ class Lite0(Backbone):
         self.frozen = [self.conv_stem, self.bn0, *self.blocks[:4]]
 
     def forward(self, x):
+        """Return F_mid (B,24,H/8,W/8) and F_high (B,1280,H/16,W/16) of x (B,3,H,W)."""
         low = self.blocks[:3](F.relu6(self.bn0(self.conv_stem(x))))  # (B,24,H/4,W/4)
         mid = F.avg_pool2d(low, 3, 2, 1, count_include_pad=False)  # (B,24,H/8,W/8)
         # ImageNet training padded strided convolutions at the bottom and right only. Padding at the
@@ -536,13 +541,14 @@ def stage_rows(image, tag=None, settings=({},)):
     I = to_tensor(image)[None]
     rows = []
     for changed in settings:
-        o = {key: default for key, (default, *_) in STAGE_OPTIONS.items()} | changed
-        walk = {key: o[key] for key in ("strength", "walk_steps", "temperature")}
+        options = {key: default for key, (default, *_) in STAGE_OPTIONS.items()} | changed
+        lo, hi, floor = (options[key] for key in ("lo", "hi", "floor"))
+        walk = {key: options[key] for key in ("strength", "walk_steps", "temperature")}
         guide = partial(refine.affinity_guided, **walk)
-        transfer = partial(refine.self_guided, radius=o["radius"], eps=o["eps"])
+        transfer = partial(refine.self_guided, radius=options["radius"], eps=options["eps"])
         stages = (refine.localization_maps, guide, transfer)
-        *maps, label = refine.four_stages(S, mid, I, [0], stages, o["lo"], o["hi"], o["floor"])
-        maps.insert(1, affinity_map(mid, int(maps[0].argmax()), o["temperature"]))
+        *maps, label = refine.four_stages(S, mid, I, [0], stages, lo, hi, floor)
+        maps.insert(1, affinity_map(mid, int(maps[0].argmax()), options["temperature"]))
         row = {" ".join(f"{k} {v:g}" for k, v in changed.items()) or name: image}
         captions = ("localization map", "affinity of its maximum", "+ affinity", "+ self-guided")
         for caption, M in zip(captions, maps):

@@ -2305,6 +2305,17 @@ def rename_disc(name):
     return lambda album: (album / "disc").rename(album / name)
 
 
+def add_pictures(*names):
+    """A way to break an album: palette PNG files and RGB photos are added to it."""
+
+    def add(album):
+        for name in map(Path, names):
+            mode = "P" if name.suffix == ".png" else "RGB"
+            add_picture(album, name.stem, name.suffix, mode)
+
+    return add
+
+
 BAD_ALBUM = {  # case: how to break it, kind, name in the path
     "no folder": (shutil.rmtree, "missing", "album"),
     "no photo": (keep_only(), "empty", "album"),
@@ -2312,17 +2323,15 @@ BAD_ALBUM = {  # case: how to break it, kind, name in the path
     "a line break in a class name": (rename_disc("di\nsc"), "classes", "album"),
     "255 folders": (add_folders([f"class{n}" for n in range(255)], "a.jpg"), "classes", "album"),
     "an unlisted class": (lambda a: (a / "classes.txt").write_text("cross"), "tags", "classes.txt"),
-    "two photos of one name": (lambda a: add_picture(a, "nothing", ".jpg", "RGB"), "names", "album"),
+    "two photos of one name": (add_pictures("nothing.jpg"), "names", "album"),
     "a folder of HEIC files": (add_folders(["sofa"], "IMG_1.HEIC"), "format", "sofa"),
-    "a mask beside its photo": (lambda a: add_picture(a, "nothing_mask"), "mask", "_mask.png"),
-    "the same, photo.JPG": (lambda a: (add_picture(a, "b", ".JPG", "RGB"), add_picture(a, "b_mask")),
-                            "mask", "b_mask.png"),
-    "a mask of its photo's name": (lambda a: (add_picture(a, "b", ".JPG", "RGB"), add_picture(a, "b")),
-                                   "mask", "b.png"),
+    "a mask beside its photo": (add_pictures("nothing_mask.png"), "mask", "_mask.png"),
+    "the same, photo.JPG": (add_pictures("b.JPG", "b_mask.png"), "mask", "b_mask.png"),
+    "a mask of its photo's name": (add_pictures("b.JPG", "b.png"), "mask", "b.png"),
     "img_dir and ann_dir": (mask_folder, "mask", "ann_dir"),
     "a devkit": (lambda a: (a / "ImageSets/Segmentation").mkdir(parents=True), "devkit", "album"),
     "only one class": (keep_only("disc"), "tags", "album"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_ALBUM)
@@ -2479,7 +2488,8 @@ def mutate(content, rng):
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(content) + 1)
         n = rng.choice((1, 1, 1, 2, 4, 16))
-        old, new = content[at : at + n], rng.randbytes(n)
+        old = content[at : at + n]
+        new = rng.randbytes(n)
         new = rng.choice((b"", new[: len(old)], old * 2, new + old))
         content = content[:at] + new + content[at + n :]
     return content
@@ -2705,7 +2715,8 @@ def test_files_that_are_not_used_are_counted_by_their_ending(album, copied, toy,
 
 def test_names_match_in_any_unicode_form(toy, kit, tmp_path, capsys):
     """macOS writes names decomposed, keyboards composed."""
-    one, two = "B\u00e4r", "Ba\u0308r"
+    one = "B\u00e4r"
+    two = "Ba\u0308r"
     root = tmp_path / "photos"
     for n, folder in enumerate((two, one, "cat")):
         (root / folder).mkdir(parents=True)

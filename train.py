@@ -203,20 +203,18 @@ def fit_cam(run):
         run.net.cam.weight[:, :, 0, 0] = w.to(run.net.cam.weight)
     run.log("fit", round=0)
     run.save()
-    print_line(
-        f"time left: about {minutes_left(run, (time.monotonic() - start) / (2 * n)):.0f} min"
-    )
+    print_minutes_left(run, (time.monotonic() - start) / (2 * n))
 
 
-def minutes_left(run, seconds):
-    """Return an estimate of the minutes left. seconds: what one pass of `fit_cam` takes per photo.
+def print_minutes_left(run, seconds):
+    """Print an estimate of the minutes left. seconds: what one pass of `fit_cam` takes per photo.
 
     Refining a photo takes 2.4 times as long and training on a crop 1.3 times (lite0 on a CPU). The
     scores of val and of the training photos take as long as two more refines.
     """
     photos = 2.4 * (run.cfg.rounds + 3) * len(run.train_set.ids)
     crops = 1.3 * run.cfg.batch * steps_left(run)
-    return (photos + crops) * seconds / 60
+    print_line(f"time left: about {(photos + crops) * seconds / 60:.0f} min")
 
 
 def photo_sample(net, high, tags):
@@ -913,8 +911,8 @@ def build(cfg, argv=(), initialize=True):
     about = {"config": asdict(cfg), "command": list(argv), "threads": torch.get_num_threads()}
     about |= {"python": sys.version, "torch": str(torch.__version__), "numpy": np.__version__}
     corrected = read_corrected(cfg.corrected, train_set) if cfg.corrected else {}
-    same = identity(train_set, corrected)
-    return Run(cfg, train_set, val_set, net, optimizer, about, same, corrected)
+    fixed = identity(train_set, corrected)
+    return Run(cfg, train_set, val_set, net, optimizer, about, fixed, corrected)
 
 
 def open_data(cfg):
