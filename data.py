@@ -15,6 +15,7 @@ import io
 import math
 import os
 import pickle
+import posixpath
 import re
 import secrets
 import shutil
@@ -42,9 +43,11 @@ VOC_CLASSES = (
 ).split()
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # JPEG includes the MPO files of phones
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
-UNREADABLE = (".heic", ".heif", ".avif", ".gif", ".jp2", ".dng", ".cr2", ".nef", ".svg", "")
-# the cells below a class name in a table of tags: yes, no, 1, 0 and the like, or empty
+# in a table of tags: the cells below a class name (1, 0, yes, no and the like, or empty), those
+# that mean no, and words that are no class name (flags, numbers, code)
 FLAG = r"|\d+(\.0*)?|true|false|yes|no|y|n|x"
+NO = r"|0+(\.0*)?|false|no?"
+NOT_A_TAG = rf"{FLAG}|none|null|nan|[\W\d].*|.*[\[\]{{}}()<>=\"].*"
 MOST_PIXELS = 64_000_000  # in a photo
 LIBTIFF = threading.Lock()  # of `silent_libtiff`
 
@@ -55,9 +58,10 @@ LIBTIFF = threading.Lock()  # of `silent_libtiff`
 class VOC:
     """One split of a PASCAL VOC devkit. For image i:
 
-    ids[i]; image_paths[i]: JPEGImages/ID.jpg (or another ending); tags[i]: image-level labels
-    (K,) float32 in {0,1}; sizes[i]: (width, height); mask_paths[i]: the ground truth, for scoring,
-    in SegmentationClassAug or SegmentationClass, or None. `scan` fills tags and sizes.
+    ids[i]; image_paths[i]: JPEGImages/ID.jpg (or another ending); annotations[i]: the XML file that
+    names its tags, or None in val, where it may be missing; mask_paths[i]: the ground truth, for
+    scoring, in SegmentationClassAug or SegmentationClass, or None. `scan` fills tags[i]:
+    image-level labels (K,) float32 in {0,1}, and sizes[i]: (width, height).
 
     path: the folder that holds ImageSets, or the one above VOC2012 or VOCdevkit/VOC2012.
     split: a list in ImageSets/Segmentation; "train" reads train_aug.txt if there is one.
@@ -72,40 +76,28 @@ class VOC:
             raise InputError(path, problem, remedy, "devkit")
         self.split = split
         self.class_names = read_classes(self.root, VOC_CLASSES)
-        self.list_path = self._list_path("train_aug" if split == "train" else split)
-        if not self.list_path.exists():
-            self.list_path = self._list_path(split)
+        self.list_path = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        augmented = self.list_path.with_name("train_aug.txt")
+        if split == "train" and augmented.exists():
+            self.list_path = augmented
         self.ids = read_list(self.list_path)
+        names = [nfc(name) for name in self.ids]
+        # a file that must exist but does not is reported by `scan`
         folder = self.root / "JPEGImages"
-        photos = pictures_by_name(folder)
-        self.image_paths = [photos.get(nfc(name), folder / f"{name}.jpg") for name in self.ids]
-        self.xml_paths = {nfc(p.stem): p for p in (self.root / "Annotations").glob("*.xml")}
-        masks = pictures_by_name(self.root / "SegmentationClass", (".png",))
-        masks |= pictures_by_name(self.root / "SegmentationClassAug", (".png",))
-        self.mask_paths = [masks.get(nfc(name)) for name in self.ids]
-
-    def _list_path(self, split):
-        return self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
-
-    def has_split(self, split):
-        """Return whether the devkit has a list of this split."""
-        return self._list_path(split).exists()
-
-    def identity(self):
-        """Return the properties of the data that must not change when a run is resumed."""
-        return {"classes": self.class_names, "ids": self.ids, "tags": self.tags.tolist()}
+        photos = files_by_name(folder)
+        self.image_paths = [photos.get(name, folder / f"{name}.jpg") for name in names]
+        folder = self.root / "Annotations"
+        files = {name: folder / f"{name}.xml" for name in names if split == "train"}
+        files |= files_by_name(folder, (".xml",))
+        self.annotations = [files.get(name) for name in names]
+        masks = files_by_name(self.root / "SegmentationClass", (".png",))
+        masks |= files_by_name(self.root / "SegmentationClassAug", (".png",))
+        self.mask_paths = [masks.get(name) for name in names]
 
     def read_tags(self, i):
-        """Return the set of class names of photo i. Only training photos must have an XML file."""
-        path = self.root / "Annotations" / f"{self.ids[i]}.xml"
-        path = self.xml_paths.get(nfc(self.ids[i]), path)
-        if self.split != "train" and not path.exists():
-            return set()
-        return read_tags(path, self.class_names)
-
-    def is_annotated(self, i):
-        """Return whether the tags of photo i are known."""
-        return nfc(self.ids[i]) in self.xml_paths
+        """Return the set of class names of photo i, which is empty without annotation."""
+        found = self.annotations[i] or set()
+        return found if isinstance(found, set) else read_tags(found, self.class_names)
 
     def mask(self, i, size):
         """Return the ground truth (H,W) uint8 of photo i of size (width, height).
@@ -118,9 +110,10 @@ class VOC:
         """Return whether a mask shows no class, or one that photo i is not tagged with."""
         shown = {int(k) - 1 for k in np.unique(mask) if 0 < k < IGNORE}
         tagged = set(self.tags[i].nonzero()[:, 0].tolist())
-        if not tagged:  # an untagged photo shows no class; without annotation it may show any
-            return bool(shown) if self.is_annotated(i) else not shown
-        return not (shown and shown <= tagged)
+        known = self.annotations[i] is not None  # else the photo may show any class
+        if not shown:
+            return bool(tagged) or not known
+        return known and not shown <= tagged
 
     def scan(self, masks=False, most=10):
         """Read every photo, its tags and, with `masks`, its mask, before training begins.
@@ -168,9 +161,7 @@ class VOC:
         """Raise InputError if all photos have the same tags; warn of tags on all or no photos."""
         shares = self.tags.mean(0).tolist()
         if not set(shares) - {0, 1}:
-            remedy = (
-                "Add photos of other classes: a class is learnt from photos with and without it"
-            )
+            remedy = "Add photos that show other classes, or none"
             raise InputError(self.root, "has the same tags on all photos", remedy, "tags")
         for name, share in zip(self.class_names, shares):
             if share == 0:
@@ -188,10 +179,21 @@ def devkit_in(path):
     return None
 
 
+def open_devkit(path):
+    """Return the splits train and val of a devkit; val is None if there is no val.txt."""
+    train_set = VOC(path, "train")
+    if not train_set.list_path.with_name("val.txt").exists():
+        return train_set, None
+    val_set = VOC(path, "val")
+    warn_of_lists(train_set, val_set)
+    return train_set, val_set
+
+
 def warn_of_lists(train_set, val_set):
     """Warn of a train_aug.txt that leaves out photos of train.txt, and of lists that overlap."""
-    if train_set.list_path.stem == "train_aug" and train_set.has_split("train"):
-        left_out = set(read_list(train_set.list_path.with_name("train.txt"))) - set(train_set.ids)
+    shorter = train_set.list_path.with_name("train.txt")
+    if shorter.exists():
+        left_out = set(read_list(shorter)) - set(train_set.ids)
         if left_out:
             text = f"{train_set.list_path} is used and lacks {len(left_out)} photos of train.txt"
             warn(f"{text}. Remove it to train on train.txt")
@@ -208,7 +210,8 @@ class Photos(VOC):
     """Tagged photos without a devkit: DIR/CLASS/photo.jpg, or a table DIR/tags.csv.
 
     The classes are sorted by name, or in the order of DIR/classes.txt. ids are paths below DIR
-    without their ending. Masks, for scoring only, are DIR/masks/CLASS/photo.png.
+    without their ending; annotations[i] is the set of tags. Masks, for scoring only, are
+    DIR/masks/CLASS/photo.png.
     Raises InputError.
     """
 
@@ -220,13 +223,13 @@ class Photos(VOC):
             raise InputError(path, "is a VOC devkit", "Use --voc in place of --photos", "devkit")
         table = self.root / "tags.csv"
         found = tags_of_table(table) if table.exists() else tags_of_folders(self.root)
-        if not any(found.values()):
-            remedy = "Put the photos in folders DIR/CLASS, or list them in DIR/tags.csv"
-            raise InputError(path, "holds no tagged photo", remedy, "empty")
         self.split = "train"
         self.image_paths = list(found)
-        self.found_tags = list(found.values())
-        names = set().union(*self.found_tags)
+        self.annotations = list(found.values())
+        names = set().union(*self.annotations)
+        if not names:
+            remedy = "Put the photos in folders DIR/CLASS, or list them in DIR/tags.csv"
+            raise InputError(path, "holds no tagged photo", remedy, "empty")
         self.class_names = read_classes(self.root, sorted(names))
         unknown = " ".join(sorted(names - set(self.class_names)))
         if unknown:
@@ -237,30 +240,11 @@ class Photos(VOC):
         if repeated:
             problem = f"holds two photos that differ only in their ending: {repeated[0]}"
             raise InputError(path, problem, "Rename one", "names")
-        self.mask_paths = self._find_masks()
-
-    def _find_masks(self):
-        """Return the path of each photo's mask, or None; warn of masks that belong to no photo."""
-        folder = self.root / "masks"
-        masks = {p.relative_to(folder).with_suffix(""): p for p in sorted(folder.rglob("*.png"))}
-        masks = {nfc(name.as_posix()): p for name, p in masks.items()}
-        found = [masks.pop(nfc(name), None) for name in self.ids]
+        masks = files_by_name(self.root / "masks", (".png",))
+        self.mask_paths = [masks.pop(nfc(name), None) for name in self.ids]
         if masks:
             first = next(iter(masks.values()))
-            warn(f"{folder} holds {len(masks)} masks that are not named like a photo: {first}")
-        return found
-
-    def has_split(self, split):
-        """Return False: a folder of photos has no lists."""
-        return False
-
-    def read_tags(self, i):
-        """Return the set of class names of photo i."""
-        return self.found_tags[i]
-
-    def is_annotated(self, i):
-        """Return True: in a folder of photos, those without a tag are known to show no class."""
-        return True
+            warn(f"{len(masks)} masks are not named like a photo; the first is {first}")
 
 
 def tags_of_folders(root):
@@ -270,47 +254,38 @@ def tags_of_folders(root):
     in ROOT count as untagged examples. Warns about files that are not used. Raises InputError.
     """
     found = {}  # hash of the photo's bytes -> its path and tags
-    copies = set()
+    used = set()
     folders = [p for p in sorted(root.glob("[!.]*")) if p.is_dir() and p.name != "masks"]
     for folder in [*folders, root]:
-        pictures = photos_of(folder)
-        others = Counter(p.suffix.lower() for p in folder.glob("[!.]*") if p.is_file())
-        unreadable = {ending for ending in UNREADABLE if others[ending]}
-        if not pictures and unreadable and folder != root:
-            problem = f"holds no picture that can be read ({count_endings(others)})"
-            raise InputError(folder, problem, "Convert them to JPEG or PNG", "format")
-        for photo in pictures:
+        photos = photos_of(folder)
+        files = [p for p in folder.glob("[!.]*") if p.is_file()]
+        if files and not photos and folder != root:
+            problem = f"holds no picture that can be read ({count_endings(files)})"
+            remedy = "Convert them to JPEG or PNG, or move the folder elsewhere"
+            raise InputError(folder, problem, remedy, "format")
+        for photo in photos:
             key = hashlib.sha256(read(photo)).digest()
-            path, tags = found.setdefault(key, (photo, set()))
+            _, tags = found.setdefault(key, (photo, set()))
             tags |= {nfc(folder.name)} if folder != root else set()
-            copies |= {photo} - {path}
-    refuse_masks_beside_photos([path for path, _ in found.values()])
-    warn_of_unused(root, {path for path, _ in found.values()} | copies)
+        used |= set(photos)
+    refuse_masks([path for path, _ in found.values()])
+    warn_of_unused(root, used)
     return dict(found.values())
 
 
-def refuse_masks_beside_photos(photos):
-    """Raise InputError if pictures among the photos look like the masks of others.
+def refuse_masks(photos):
+    """Raise InputError if a picture among the photos is named like another, as masks are.
 
-    For example x_mask.png or a palette file x.png beside x.jpg, or a folder that holds only palette
-    or grey PNG files which are named like photos in other folders.
+    Such a picture is called x_mask or the like, or is a palette or grey PNG of the same name,
+    beside its photo or in another folder.
     """
-    stems = Counter(path.stem for path in photos)
-    names = Counter(path.with_suffix("") for path in photos)
-    by_folder = {}
+    names = Counter(path.stem for path in photos)
     for path in photos:
-        by_folder.setdefault(path.parent, []).append(path)
         base = re.sub(r"_(mask|masks|label|labels|gt|seg|segmentation|overlay)$", "", path.stem)
-        shares_name = names[path.with_suffix("")] > 1 and path.suffix == ".png"
-        is_marked = base != path.stem and path.parent / base in names
-        if is_marked or shares_name and is_indexed(path):
-            problem = "looks like a mask of the photo beside it"
-            raise InputError(path, problem, "Move masks to DIR/masks, or elsewhere", "mask")
-    for folder, paths in by_folder.items():
-        all_share_names = all(path.suffix == ".png" and stems[path.stem] > 1 for path in paths)
-        if all_share_names and all(map(is_indexed, paths)):
-            problem = "looks like a folder of masks: its PNG files are named like photos elsewhere"
-            raise InputError(folder, problem, "Move masks to DIR/masks, or elsewhere", "mask")
+        is_marked = base != path.stem and base in names
+        if is_marked or names[path.stem] > 1 and is_indexed(path):
+            remedy = "Move masks to DIR/masks, or elsewhere; if it is a photo, rename it"
+            raise InputError(path, f"looks like a mask of a photo {base}", remedy, "mask")
 
 
 def tags_of_table(path):
@@ -320,76 +295,63 @@ def tags_of_table(path):
     may contain spaces. A header may name the classes; the cells below it are then 1 and 0, yes and
     no or the like. Cells are separated by commas, semicolons or tabs. Raises InputError.
     """
-    header, rows = read_rows(path)
+    rows = read_rows(path)
     folder = path.parent
     files = {nfc(p.relative_to(folder).as_posix()): p for p in folder.rglob("*") if p.is_file()}
-    stems = {name[: -len(p.suffix)]: p for name, p in files.items() if p.suffix.lower() in ENDINGS}
-    named = [row[0].replace("\\", "/") for _, row in rows]
-    named = [nfc(os.path.normpath(name).replace("\\", "/")) for name in named]
-    photos = [files.get(name) or stems.get(name) for name in named]
+    files = files_by_name(folder) | files  # a row may leave out the ending
+    names = [nfc(posixpath.normpath(row[0].replace("\\", "/"))) for _, row in rows]
+    header = []
     # a first row that names neither a photo nor a file with an ending is a header
-    if rows and not header and not photos[0] and not Path(named[0]).suffix:
+    if rows and names[0] not in files and not Path(names[0]).suffix:
         header = rows.pop(0)[1]
-        photos.pop(0)
-    cells = [cell.strip().lower() for _, row in rows for cell in row[1:]]
-    # are the columns classes, with only yes or no below them?
-    class_columns = header[1:] if header and all(re.fullmatch(FLAG, c) for c in cells) else None
-    if class_columns and len(set(class_columns)) < len(class_columns):
+        names.pop(0)
+    flags = all(re.fullmatch(FLAG, cell, re.I) for _, row in rows for cell in row[1:])
+    columns = header[1:] if flags else []  # classes, with only yes or no below them
+    if len(set(columns)) < len(columns):
         raise InputError(path, "has two columns with the same name", "Rename or remove one", "tags")
     found = {}
-    for photo, (number, row) in zip(photos, rows):
-        if photo is None:
+    for name, (number, row) in zip(names, rows):
+        if name not in files:
             problem = f'row {number} names "{row[0]}", which is not a file below {folder}'
             raise InputError(path, problem, "Correct the name", "missing")
-        tags = tags_of_row(row[1:], class_columns)
+        tags = tags_of_row(row[1:], columns)
         for tag in sorted(tags):
-            flag = re.fullmatch(FLAG, tag.lower()) or tag.lower() in ("none", "null", "nan")
-            if flag or not re.match(r"[^\W\d]", tag) or re.search(r"[\[\]{}()<>=\"]", tag):
+            if re.fullmatch(NOT_A_TAG, tag, re.I):
                 remedy = "Write class names (no tag: an empty cell), or a header with a column for "
                 remedy += "each class and only yes or no, 1 or 0 below it"
                 raise InputError(path, f"row {number} has {tag!r} as a tag", remedy, "tags")
-        found.setdefault(photo, set()).update(tags)
+        found.setdefault(files[name], set()).update(tags)
     refuse_lists_in_names(path, set().union(*found.values()))
     warn_of_unused(folder, set(found))
     return found
 
 
-def tags_of_row(cells, class_columns):
-    """Return the set of tags in the cells of a row; with class_columns, those not marked as no."""
-    if class_columns:
-        no = re.compile(r"|0+(\.0*)?|false|no?", re.IGNORECASE)
-        tags = [name for name, cell in zip(class_columns, cells) if not no.fullmatch(cell)]
+def tags_of_row(cells, columns):
+    """Return the set of tags in the cells of a row; with columns, those not marked as no."""
+    if columns:
+        tags = {name for name, cell in zip(columns, cells) if not re.fullmatch(NO, cell, re.I)}
     else:
-        tags = [tag for cell in cells for tag in re.split("[,;|]", cell) if tag.strip()]
-    return {nfc(tag.strip()) for tag in tags}
+        tags = {tag.strip() for cell in cells for tag in re.split("[,;|]", cell)} - {""}
+    return {nfc(tag) for tag in tags}
 
 
 def read_rows(path):
-    """Return the header of a table, or None if it is unclear, and its rows [(number, cells), ...].
+    """Return the rows of a table [(number, cells), ...] that are not empty.
 
     Understands a first line `sep=;` and the index column that pandas writes. Raises InputError.
     """
-    lines = read_text(path).splitlines()
-    delimiter = None
-    if lines and lines[0].lower().startswith("sep="):
-        delimiter = lines[0][4:5]
-        lines[0] = ""
-    first = next((line for line in lines if re.search("[;\t,]", line)), "")
-    between = re.search(
-        "[;\t,]", re.sub('"[^"]*"', "", first)
-    )  # the first separator follows the photo's name
-    delimiter = delimiter or (between[0] if between else ",")
+    text = read_text(path)
+    # the first separator outside quotes follows `sep=` or the photo's name
+    separator = re.search("[;\t,]", re.sub('"[^"]*"', "", text))
+    delimiter = separator[0] if separator else ","
+    lines = re.sub("^sep=.*", "", text, flags=re.I).splitlines()
     with as_input_error(path, "is not a table", "Write rows of a photo and its tags", "format"):
         rows = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True))
-    rows = [(n, row) for n, row in enumerate(rows, 1) if "".join(row).strip()]
-    rows = [(n, [cell.strip() for cell in row]) for n, row in rows]
-    header = None
-    if rows and rows[0][1][0] == "" and all(row[0].isdigit() for _, row in rows[1:]):
-        header, *rows = [(n, row[1:]) for n, row in rows]  # without the index column
-        header = header[1]
-    if not rows:
-        raise InputError(path, "has no row", "Write rows of a photo and its tags", "empty")
-    return header, rows
+    rows = [(n, [cell.strip() for cell in row]) for n, row in enumerate(rows, 1)]
+    rows = [(n, row) for n, row in rows if any(row)]
+    if rows and not rows[0][1][0] and all(row[0].isdigit() and row[1:] for _, row in rows[1:]):
+        rows = [(n, row[1:]) for n, row in rows]  # without the index column
+    return rows
 
 
 def refuse_lists_in_names(path, names):
@@ -408,13 +370,14 @@ def warn_of_unused(root, used):
     used |= {p for p in (root / "masks").rglob("*") if p.suffix.lower() == ".png"}
     others = [p for p in sorted(root.rglob("[!.]*")) if p.is_file() and p not in used]
     if others:
-        endings = count_endings(Counter(p.suffix.lower() for p in others))
+        endings = count_endings(others)
         warn(f"files in {root} that are not used: {endings}; the first is {others[0].name}")
 
 
-def count_endings(counts):
-    """Return a Counter of file endings as text, for example "3 .heic, 1 without ending"."""
-    return ", ".join(f"{n} {ending or 'without ending'}" for ending, n in counts.most_common())
+def count_endings(paths):
+    """Return the numbers of file endings as text, for example "3 .heic, 1 without ending"."""
+    counts = Counter(path.suffix.lower() or "without ending" for path in paths)
+    return ", ".join(f"{n} {ending}" for ending, n in counts.most_common())
 
 
 # ---- crops for training --------------------------------------------------------------------------
@@ -508,27 +471,21 @@ def read_image(source):
     """
     if isinstance(source, Image.Image):
         return to_rgb(source, "the image")
-    if isinstance(source, (str, Path, bytes, io.IOBase)) or hasattr(source, "read"):
-        return decode(source, to_rgb)
+    if isinstance(source, (str, Path)):
+        return decode(read(source), source, to_rgb)
+    if isinstance(source, bytes):
+        return decode(source, "the picture", to_rgb)
+    if hasattr(source, "read"):
+        return decode(source.read(2**28 + 1), "the picture", to_rgb)
     array = np.asarray(source)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
         raise ValueError(f"want an (H,W,3) uint8 RGB array, got {array.shape} {array.dtype}")
     return Image.fromarray(array)
 
 
-def decode(source, convert):
-    """Return convert(PIL image, name) of a path, bytes or a binary file. Raises InputError."""
-    name = "the picture"
-    if isinstance(source, bytes):
-        content = source
-    elif hasattr(source, "read"):
-        content = source.read(2**28 + 1)
-    else:
-        name = Path(source)
-        content = read(name)
+def decode(content, name, convert):
+    """Return convert(PIL image, name) of the bytes of a file. Raises InputError."""
     problem = "is not a readable image"
-    if name != "the picture" and name.suffix.lower() in (".heic", ".heif", ".avif", ".gif"):
-        problem += f" ({name.suffix} files are not supported)"
     remedy = f"Convert it to JPEG or PNG (supported: {', '.join(FORMATS)})"
     with as_input_error(name, problem, remedy, "image"), silent_libtiff(content):
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -561,21 +518,17 @@ def silent_libtiff(content):
 
 
 def to_rgb(image, name):
-    """Return a PIL image upright and in RGB. Raises InputError for floats and 32-bit integers."""
-    is_tiff = image.format == "TIFF"
+    """Return a PIL image upright and in RGB. Raises InputError for 32 bits per pixel."""
     image.load()  # for TIFF files, Pillow already applies the orientation here
+    if image.mode == "F" or image.mode == "I" and image.format != "PNG":
+        raise InputError(name, "has 32 bits per pixel", "Save it with 8 or 16 bits", "image")
     try:
         turn = TURNS.get(image.getexif().get(0x0112))  # other EXIF values are ignored
     except Exception:  # damaged EXIF data does not make the picture unreadable
         turn = None
     image = image.transpose(turn) if turn is not None else image
     if image.mode.startswith("I"):  # 16-bit grey: keep the upper byte
-        values = np.asarray(image).astype(np.int64)
-        if values.max() > 65535 or values.min() < 0 or image.mode == "I" and is_tiff:
-            raise InputError(name, "has 32 bits per pixel", "Save it with 8 or 16 bits", "image")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    if image.mode == "F":
-        raise InputError(name, "holds floating-point values", "Save it with 8 or 16 bits", "image")
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert("RGB")
     image.info = {}  # the orientation must not be applied again
     return image
@@ -602,11 +555,10 @@ def read_mask(path, num_classes, size=None):
             raise InputError(name, problem, "Export masks as palette PNG files", "mask")
         return np.array(image)
 
-    mask = decode(path, indices)
-    if size is not None and size != mask.shape[::-1]:
-        problem = (
-            f"has {mask.shape[1]} x {mask.shape[0]} pixels, but its photo has {size[0]} x {size[1]}"
-        )
+    mask = decode(read(path), path, indices)
+    h, w = mask.shape
+    if size not in (None, (w, h)):
+        problem = f"has {w} x {h} pixels, but its photo has {size[0]} x {size[1]}"
         raise InputError(path, problem, "Export the mask again, or restore the image", "mask")
     wrong = mask[(mask > num_classes) & (mask != IGNORE)]
     if wrong.size:
@@ -630,10 +582,9 @@ def read_tags(path, class_names):
     if root.tag != "annotation":
         raise InputError(path, f"has the root <{root.tag[:40]}>, not <annotation>", remedy, "xml")
     names = {nfc((o.findtext("name") or "").strip()) for o in root.findall("object")}
-    unknown = " ".join(sorted(names - set(class_names)))[:60]
-    if not names <= set(class_names):
-        nameless = "has an object without a name"
-        problem = f"names {unknown}, which is not a class" if unknown else nameless
+    unknown = sorted(names - set(class_names))
+    if unknown:
+        problem = f"names {unknown[0][:60]!r}, which is not a class"
         remedy = f"Correct it, or edit classes.txt. The classes are {' '.join(class_names)[:200]}"
         raise InputError(path, problem, remedy, "tags")
     return names
@@ -675,12 +626,10 @@ def read_classes(root, usual):
         raise InputError(path if path.exists() else root, problem, "List 1 to 254", "classes")
     for name in names:
         letters = re.sub("[^a-z]", "", name.lower())
-        if letters in ("background", "ignore", "void", "unlabeled", "undecided"):
-            problem = f"has a class {name}, but 0 always means background and 255 undecided"
-            raise InputError(root, problem, "Remove or rename it", "classes")
-        if not name.isprintable():
-            problem = f"has a class {name!r} with control characters"
-            raise InputError(root, problem, "Rename it", "classes")
+        reserved = letters in ("background", "ignore", "void", "unlabeled", "undecided")
+        if reserved or not name.isprintable():
+            remedy = "Rename it: 0 means background and 255 undecided, and names must be printable"
+            raise InputError(root, f"has a class {name!r}", remedy, "classes")
     return names
 
 
@@ -700,11 +649,11 @@ def photos_of(path):
     return [p for p in pictures if p.name not in stages]
 
 
-def pictures_by_name(folder, endings=ENDINGS):
-    """Return {name without ending: path} of the pictures in a folder, preferring .jpg."""
-    paths = photos_of(folder) if folder.is_dir() else []
-    paths = [path for path in paths if path.suffix.lower() in endings]
-    return {nfc(path.stem): path for path in sorted(paths, key=lambda path: path.suffix == ".jpg")}
+def files_by_name(folder, endings=ENDINGS):
+    """Return {path below the folder, without ending: path} of its files, preferring .jpg."""
+    paths = [p for p in folder.rglob("[!.]*") if p.suffix.lower() in endings and not p.is_dir()]
+    paths.sort(key=lambda p: (p.suffix == ".jpg", p))
+    return {nfc(p.relative_to(folder).with_suffix("").as_posix()): p for p in paths}
 
 
 def nfc(name):
@@ -1150,14 +1099,11 @@ def report(path):
     Raises InputError with all problems, those of the masks as well.
     """
     is_devkit = devkit_in(path) is not None
-    sets = [VOC(path, "train") if is_devkit else Photos(path)]
-    if sets[0].has_split("val"):
-        sets.append(VOC(path, "val"))
-        warn_of_lists(*sets)
+    sets = open_devkit(path) if is_devkit else (Photos(path), None)
     what = "a VOC devkit (--voc)" if is_devkit else "photos in folders or tags.csv (--photos)"
     print_line(f"{sets[0].root}: {what}")
     problems = []
-    for one in sets:
+    for one in filter(None, sets):
         try:
             one.scan(masks=True, most=len(one.ids))
         except InputError as problem:

@@ -2328,7 +2328,7 @@ BAD_ALBUM = {  # case: how to break it, kind, name in the path
     "a mask beside its photo": (add_pictures("nothing_mask.png"), "mask", "_mask.png"),
     "the same, photo.JPG": (add_pictures("b.JPG", "b_mask.png"), "mask", "b_mask.png"),
     "a mask of its photo's name": (add_pictures("b.JPG", "b.png"), "mask", "b.png"),
-    "img_dir and ann_dir": (mask_folder, "mask", "ann_dir"),
+    "img_dir and ann_dir": (mask_folder, "mask", "street.png"),
     "a devkit": (lambda a: (a / "ImageSets/Segmentation").mkdir(parents=True), "devkit", "album"),
     "only one class": (keep_only("disc"), "tags", "album"),
 }
@@ -2644,7 +2644,7 @@ def test_class_names_may_contain_spaces(three_photos):
     (three_photos / "tags.csv").write_text("a.jpg,großer Hund\nb.jpg,kleiner Hund; Katze\nc.jpg\n")
     assert data.Photos(three_photos).class_names == ["Katze", "großer Hund", "kleiner Hund"]
     (three_photos / "tags.csv").write_text("a.jpg,\nx/../a.jpg,disc\nb.jpg\n")
-    assert data.Photos(three_photos).found_tags == [{"disc"}, set()]
+    assert data.Photos(three_photos).annotations == [{"disc"}, set()]
 
 
 BAD_TABLES = {  # case: table, kind, what must be named
@@ -2732,7 +2732,7 @@ def test_names_match_in_any_unicode_form(toy, kit, tmp_path, capsys):
     assert photos.class_names == ["cat", one] and tags == {"0": [0, 1], "1": [0, 1], "2": [1, 0]}
     assert dict(zip(photos.ids, photos.mask_paths))[f"{two}/{two}0"]
     (root / "tags.csv").write_text(f"{one}/{one}1.jpg,{two}\n")
-    assert data.Photos(root).found_tags == [{one}]
+    assert data.Photos(root).annotations == [{one}]
     # a devkit: the list is composed, the files are not
     for path in kit.rglob("toy_0003.*"):
         path.rename(path.with_name(f"{two}{path.suffix}"))

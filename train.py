@@ -896,7 +896,9 @@ def identity(train_set, corrected):
         f"{train_set.ids[i]} {hashlib.sha256(data.read(path)).hexdigest()}"
         for i, path in corrected.items()
     ]
-    return train_set.identity() | {"corrected": masks}
+    tags = train_set.tags.tolist()
+    names = {"classes": train_set.class_names, "ids": train_set.ids}
+    return names | {"tags": tags, "corrected": masks}
 
 
 def build(cfg, argv=(), initialize=True):
@@ -922,13 +924,9 @@ def open_data(cfg):
     root = cfg.voc or Path(cfg.out) / "toy"
     if not cfg.voc and not root.exists():
         data.make_toy(root)
-    train_set = data.VOC(root, "train")
+    train_set, val_set = data.open_devkit(root)
     if not cfg.voc and train_set.class_names != list(data.TOY_CLASSES):
         raise InputError(root, "is not the toy set", "Choose another --out", "toy")
-    if not train_set.has_split("val"):
-        return train_set, None
-    val_set = data.VOC(root, "val")
-    data.warn_of_lists(train_set, val_set)
     return train_set, val_set
 
 
