@@ -27,7 +27,7 @@ import warnings
 import xml.etree.ElementTree as ET
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -94,11 +94,6 @@ class VOC:
         masks |= files_by_name(self.root / "SegmentationClassAug", (".png",))
         self.mask_paths = [masks.get(name) for name in names]
 
-    def read_tags(self, i):
-        """Return the set of class names of photo i, which is empty without annotation."""
-        found = self.annotations[i] or set()
-        return found if isinstance(found, set) else read_tags(found, self.class_names)
-
     def mask(self, i, size):
         """Return the ground truth (H,W) uint8 of photo i of size (width, height).
 
@@ -126,7 +121,10 @@ class VOC:
         contradicting = []
         for i in progress(f"reading {self.split}", range(len(self.ids))):
             try:
-                tagged = [self.class_names.index(name) for name in self.read_tags(i)]
+                names = self.annotations[i] or set()
+                if isinstance(names, Path):
+                    names = read_tags(names, self.class_names)
+                tagged = [self.class_names.index(name) for name in names]
                 self.tags[i, tagged] = 1
                 size = read_image(self.image_paths[i]).size
                 self.sizes.append(size)
@@ -180,27 +178,25 @@ def devkit_in(path):
 
 
 def open_devkit(path):
-    """Return the splits train and val of a devkit; val is None if there is no val.txt."""
+    """Return the splits train and val of a devkit; val is None if there is no val.txt.
+
+    Warns of a train_aug.txt that leaves out photos of train.txt, and of lists that overlap.
+    """
     train_set = VOC(path, "train")
-    if not train_set.list_path.with_name("val.txt").exists():
-        return train_set, None
-    val_set = VOC(path, "val")
-    warn_of_lists(train_set, val_set)
-    return train_set, val_set
-
-
-def warn_of_lists(train_set, val_set):
-    """Warn of a train_aug.txt that leaves out photos of train.txt, and of lists that overlap."""
     shorter = train_set.list_path.with_name("train.txt")
     if shorter.exists():
         left_out = set(read_list(shorter)) - set(train_set.ids)
         if left_out:
             text = f"{train_set.list_path} is used and lacks {len(left_out)} photos of train.txt"
             warn(f"{text}. Remove it to train on train.txt")
+    if not train_set.list_path.with_name("val.txt").exists():
+        return train_set, None
+    val_set = VOC(path, "val")
     both = sorted(set(train_set.ids) & set(val_set.ids))
     if both:
         text = f"{val_set.list_path} lists {len(both)} training photos: {' '.join(both[:5])}"
         warn(f"{text}. They should be photos that the network has not seen")
+    return train_set, val_set
 
 
 # ---- a folder of tagged photos -------------------------------------------------------------------
@@ -279,11 +275,16 @@ def refuse_masks(photos):
     Such a picture is called x_mask or the like, or is a palette or grey PNG of the same name,
     beside its photo or in another folder.
     """
+
+    def is_indexed(image, name):
+        return image.mode in ("P", "L", "1")
+
     names = Counter(path.stem for path in photos)
     for path in photos:
         base = re.sub(r"_(mask|masks|label|labels|gt|seg|segmentation|overlay)$", "", path.stem)
         is_marked = base != path.stem and base in names
-        if is_marked or names[path.stem] > 1 and is_indexed(path):
+        is_twin = names[path.stem] > 1 and path.suffix.lower() == ".png"
+        if is_marked or is_twin and decode(read(path), path, is_indexed):
             remedy = "Move masks to DIR/masks, or elsewhere; if it is a photo, rename it"
             raise InputError(path, f"looks like a mask of a photo {base}", remedy, "mask")
 
@@ -450,16 +451,6 @@ def aligned(image, size):
 
 # ---- reading photos, masks, tags, lists ----------------------------------------------------------
 
-TURNS = {  # EXIF orientation -> the transposition that turns the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 
 def read_image(source):
     """Return an upright RGB PIL image.
@@ -522,25 +513,16 @@ def to_rgb(image, name):
     image.load()  # for TIFF files, Pillow already applies the orientation here
     if image.mode == "F" or image.mode == "I" and image.format != "PNG":
         raise InputError(name, "has 32 bits per pixel", "Save it with 8 or 16 bits", "image")
-    try:
-        turn = TURNS.get(image.getexif().get(0x0112))  # other EXIF values are ignored
-    except Exception:  # damaged EXIF data does not make the picture unreadable
-        turn = None
-    image = image.transpose(turn) if turn is not None else image
-    if image.mode.startswith("I"):  # 16-bit grey: keep the upper byte
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image = image.convert("RGB")
-    image.info = {}  # the orientation must not be applied again
-    return image
-
-
-def is_indexed(path):
-    """Return whether a picture has a palette or is grey, as masks are; False if it is damaged."""
-    try:
-        with Image.open(path) as image:
-            return image.mode in ("P", "L", "1")
-    except Exception:  # reported when the picture is read
-        return False
+    upright = image.copy()
+    with suppress(Exception):  # damaged EXIF data does not make the picture unreadable
+        upright.getexif()  # it is kept, so that all its values but the orientation can be dropped
+        upright.info = {}
+        ImageOps.exif_transpose(upright, in_place=True)
+    if upright.mode.startswith("I"):  # 16-bit grey: keep the upper byte
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    upright = upright.convert("RGB")
+    upright.info = {}  # the orientation must not be applied again
+    return upright
 
 
 def read_mask(path, num_classes, size=None):

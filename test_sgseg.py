@@ -1881,7 +1881,7 @@ def test_photos_are_found_by_their_name_without_ending(kit, tmp_path, capsys):
     assert photos.ids == ["toy_0003", "toy_0004"]
     assert photos.mask_paths[0].parent.name == "SegmentationClassAug"
     capsys.readouterr()
-    data.warn_of_lists(photos, VOC(kit, "val"))
+    data.open_devkit(kit)
     left_out, both = capsys.readouterr().err.splitlines()
     assert "train_aug.txt" in left_out and "14" in left_out
     assert "val.txt" in both and "toy_0004" in both
