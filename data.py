@@ -28,6 +28,7 @@ import xml.etree.ElementTree as ET
 import zipfile
 from collections import Counter
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -95,10 +96,7 @@ class VOC:
         self.mask_paths = [masks.get(name) for name in names]
 
     def mask(self, i, size):
-        """Return the ground truth (H,W) uint8 of photo i of size (width, height).
-
-        Raises InputError.
-        """
+        """Return photo i's true label (H,W) uint8; size: (width, height). Raises InputError."""
         return read_mask(self.mask_paths[i], len(self.class_names), size)
 
     def contradicts(self, i, mask):
@@ -275,16 +273,13 @@ def refuse_masks(photos):
     Such a picture is called x_mask or the like, or is a palette or grey PNG of the same name,
     beside its photo or in another folder.
     """
-
-    def is_indexed(image, name):
-        return image.mode in ("P", "L", "1")
-
     names = Counter(path.stem for path in photos)
     for path in photos:
         base = re.sub(r"_(mask|masks|label|labels|gt|seg|segmentation|overlay)$", "", path.stem)
         is_marked = base != path.stem and base in names
         is_twin = names[path.stem] > 1 and path.suffix.lower() == ".png"
-        if is_marked or is_twin and decode(read(path), path, is_indexed):
+        mode = decode(path, lambda image, _: image.mode) if is_twin else "RGB"
+        if is_marked or mode in ("P", "L", "1"):
             remedy = "Move masks to DIR/masks, or elsewhere; if it is a photo, rename it"
             raise InputError(path, f"looks like a mask of a photo {base}", remedy, "mask")
 
@@ -300,26 +295,22 @@ def tags_of_table(path):
     folder = path.parent
     files = {nfc(p.relative_to(folder).as_posix()): p for p in folder.rglob("*") if p.is_file()}
     files = files_by_name(folder) | files  # a row may leave out the ending
-    names = [nfc(posixpath.normpath(row[0].replace("\\", "/"))) for _, row in rows]
-    header = []
     # a first row that names neither a photo nor a file with an ending is a header
-    if rows and names[0] not in files and not Path(names[0]).suffix:
-        header = rows.pop(0)[1]
-        names.pop(0)
-    flags = all(re.fullmatch(FLAG, cell, re.I) for _, row in rows for cell in row[1:])
-    columns = header[1:] if flags else []  # classes, with only yes or no below them
+    has_header = rows and rows[0][1] not in files and not Path(rows[0][1]).suffix
+    header = rows.pop(0)[2] if has_header else []
+    flags = all(re.fullmatch(FLAG, cell, re.I) for _, _, cells in rows for cell in cells)
+    columns = header if flags else []  # classes, with only yes or no below them
     if len(set(columns)) < len(columns):
         raise InputError(path, "has two columns with the same name", "Rename or remove one", "tags")
     found = {}
-    for name, (number, row) in zip(names, rows):
+    for number, name, cells in rows:
         if name not in files:
-            problem = f'row {number} names "{row[0]}", which is not a file below {folder}'
+            problem = f'row {number} names "{name}", which is not a file below {folder}'
             raise InputError(path, problem, "Correct the name", "missing")
-        tags = tags_of_row(row[1:], columns)
+        tags = tags_of_row(cells, columns)
         for tag in sorted(tags):
             if re.fullmatch(NOT_A_TAG, tag, re.I):
-                remedy = "Write class names (no tag: an empty cell), or a header with a column for "
-                remedy += "each class and only yes or no, 1 or 0 below it"
+                remedy = "Write class names, or a header of classes with only 1 and 0 below it"
                 raise InputError(path, f"row {number} has {tag!r} as a tag", remedy, "tags")
         found.setdefault(files[name], set()).update(tags)
     refuse_lists_in_names(path, set().union(*found.values()))
@@ -337,9 +328,10 @@ def tags_of_row(cells, columns):
 
 
 def read_rows(path):
-    """Return the rows of a table [(number, cells), ...] that are not empty.
+    """Return the rows of a table that are not empty, [(number, photo, other cells), ...].
 
-    Understands a first line `sep=;` and the index column that pandas writes. Raises InputError.
+    Understands a first line `sep=;`, the index column that pandas writes, and Windows paths.
+    Raises InputError.
     """
     text = read_text(path)
     # the first separator outside quotes follows `sep=` or the photo's name
@@ -352,7 +344,8 @@ def read_rows(path):
     rows = [(n, row) for n, row in rows if any(row)]
     if rows and not rows[0][1][0] and all(row[0].isdigit() and row[1:] for _, row in rows[1:]):
         rows = [(n, row[1:]) for n, row in rows]  # without the index column
-    return rows
+    names = [nfc(posixpath.normpath(row[0].replace("\\", "/"))) for _, row in rows]
+    return [(n, name, row[1:]) for name, (n, row) in zip(names, rows)]
 
 
 def refuse_lists_in_names(path, names):
@@ -384,26 +377,25 @@ def count_endings(paths):
 # ---- crops for training --------------------------------------------------------------------------
 
 
+@dataclass
 class Crops:
     """Training samples: image i and its label map, scaled, flipped and cropped together.
 
     The long side is resized to size times a random number from `scale`; then a random window of
     crop x crop pixels is cut out. Outside the photo the input is grey (128/255) and the label 255.
-    The random numbers depend on (seed, epoch, n) alone. label_paths lists the PNG files of the
-    labels; None, in the warm-up, makes all labels 255.
+    The random numbers depend on (seed, epoch, n) alone.
 
     crops[n] returns the image (3,crop,crop) float32 in [0,1], the tags (K,) float32, the label
     (crop,crop) int64, and i = n modulo the number of photos.
     """
 
-    def __init__(self, photos, crop, size, scale, seed, epoch, label_paths=None):
-        self.photos = photos
-        self.crop = crop
-        self.size = size
-        self.scale = scale
-        self.seed = seed
-        self.epoch = epoch
-        self.label_paths = label_paths
+    photos: VOC
+    crop: int
+    size: int
+    scale: tuple
+    seed: int
+    epoch: int
+    label_paths: list | None = None  # PNG files; None, in the warm-up, makes all labels 255
 
     def __getitem__(self, n):
         i = n % len(self.photos.ids)  # an epoch may pass over a small set several times
@@ -462,30 +454,28 @@ def read_image(source):
     """
     if isinstance(source, Image.Image):
         return to_rgb(source, "the image")
-    if isinstance(source, (str, Path)):
-        return decode(read(source), source, to_rgb)
-    if isinstance(source, bytes):
-        return decode(source, "the picture", to_rgb)
     if hasattr(source, "read"):
-        return decode(source.read(2**28 + 1), "the picture", to_rgb)
+        source = source.read(2**28 + 1)
+    if isinstance(source, (str, Path, bytes)):
+        return decode(source, to_rgb)
     array = np.asarray(source)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
         raise ValueError(f"want an (H,W,3) uint8 RGB array, got {array.shape} {array.dtype}")
     return Image.fromarray(array)
 
 
-def decode(content, name, convert):
-    """Return convert(PIL image, name) of the bytes of a file. Raises InputError."""
-    problem = "is not a readable image"
+def decode(source, convert):
+    """Return convert(PIL image, name) of a path or of the bytes of a file. Raises InputError."""
+    is_path = not isinstance(source, bytes)
+    name, content = (source, read(source)) if is_path else ("the picture", source)
     remedy = f"Convert it to JPEG or PNG (supported: {', '.join(FORMATS)})"
-    with as_input_error(name, problem, remedy, "image"), silent_libtiff(content):
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            w, h = image.size
-            if min(w, h) < 16 or w * h > MOST_PIXELS:
-                problem = f"has {w} x {h} pixels"
-                remedy = "Resize it: at least 16 pixels per side, at most 64 million in total"
-                raise InputError(name, problem, remedy, "size")
-            return convert(image, name)
+    with as_input_error(name, "is not a readable image", remedy, "image"), silent_libtiff(content):
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        w, h = image.size
+        if min(w, h) < 16 or w * h > MOST_PIXELS:
+            remedy = "Resize it: at least 16 pixels per side, at most 64 million in total"
+            raise InputError(name, f"has {w} x {h} pixels", remedy, "size")
+        return convert(image, name)
 
 
 @contextmanager
@@ -530,14 +520,10 @@ def read_mask(path, num_classes, size=None):
 
     size: (width, height) of its image, if known. Raises InputError.
     """
-
-    def indices(image, name):
-        if image.format != "PNG" or image.mode not in ("P", "L"):
-            problem = f"is not an indexed PNG but a {image.format} file of mode {image.mode}"
-            raise InputError(name, problem, "Export masks as palette PNG files", "mask")
-        return np.array(image)
-
-    mask = decode(read(path), path, indices)
+    kind, mode, mask = decode(path, lambda image, _: (image.format, image.mode, np.array(image)))
+    if kind != "PNG" or mode not in ("P", "L"):
+        problem = f"is not an indexed PNG but a {kind} file of mode {mode}"
+        raise InputError(path, problem, "Export masks as palette PNG files", "mask")
     h, w = mask.shape
     if size not in (None, (w, h)):
         problem = f"has {w} x {h} pixels, but its photo has {size[0]} x {size[1]}"
@@ -709,11 +695,10 @@ def palette_image(label):
 
 
 def remove_specks(label):
-    """Return a label (H,W) uint8 without specks.
+    """Return a label (H,W) uint8 in which every pixel has the most frequent index in its window.
 
-    Every pixel takes the most frequent index in the window around it. The window is 9 pixels wide
-    if the long side has 500 pixels or more, and narrower for smaller photos. No new index can
-    appear. Counting with running sums is much faster on large photos than Pillow's ModeFilter.
+    The window is 9 pixels wide if the long side has 500 pixels or more, and narrower for smaller
+    photos. Counting with running sums is much faster on large photos than Pillow's ModeFilter.
     Source: our choice (docs/CHOICES.md).
     """
     radius = min(4, round(max(label.shape) / 125))
@@ -743,22 +728,16 @@ def overlay(image, label, label_names=()):
     draw = ImageDraw.Draw(picture)
     present = [name for name in areas(label, label_names) if name != label_names[0]]
     side = max(8, image.height // max(25, 2 * len(present) + 1))
+    font = ImageFont.load_default(side)
+    with suppress(OSError):  # DejaVu Sans covers more scripts, but may be missing
+        font = ImageFont.truetype("DejaVuSans.ttf", side)
     for n, name in enumerate(present):
         k = label_names.index(name)
         box = (side, side * (2 * n + 1), 2 * side, side * (2 * n + 2))
         draw.rectangle(box, fill=tuple(colours.getpalette()[3 * k : 3 * k + 3]), outline="white")
-        font = load_font(side)
         where = (3 * side, box[1])
         draw.text(where, name, "white", font, stroke_width=1, stroke_fill="black")
     return picture
-
-
-def load_font(size):
-    """Return DejaVu Sans, which covers many scripts, or Pillow's own font if it is missing."""
-    try:
-        return ImageFont.truetype("DejaVuSans.ttf", size)
-    except OSError:
-        return ImageFont.load_default(size)
 
 
 def sheet(rows, width=160):
@@ -766,10 +745,8 @@ def sheet(rows, width=160):
 
     Pictures more than four times as high as wide are drawn narrower.
     """
-    heights = []
-    for row in rows:
-        first = next(iter(row.values()))
-        heights.append(max(1, min(round(width * first.height / first.width), 4 * width)))
+    sizes = [next(iter(row.values())).size for row in rows]  # of the first picture of each row
+    heights = [max(1, min(round(width * h / w), 4 * width)) for w, h in sizes]
     columns = max(len(row) for row in rows)
     page = Image.new("RGB", (columns * (width + 4), sum(heights) + 18 * len(rows)), "white")
     y = 0
@@ -990,11 +967,8 @@ def write(path, content, source=None):
 
 def source_of(path):
     """Return the source that `write` noted in a PNG, or None."""
-    try:
-        with Image.open(io.BytesIO(read(path))) as image:
-            return image.info.get("sgseg source")
-    except Exception:  # not a picture, so not written by us
-        return None
+    with suppress(Exception):  # else it is not a picture, so not written by us
+        return Image.open(io.BytesIO(read(path))).info.get("sgseg source")
 
 
 def sync(file):
@@ -1060,15 +1034,15 @@ def run_command(name, command, argv):
     warnings.filterwarnings("ignore", module="PIL")  # our own messages name the file
     try:
         return command(sys.argv[1:] if argv is None else argv) or 0
-    except InputError as e:
-        print_line(f"{name}: {e}", stream=sys.stderr)
-    except OSError as e:
-        problem = f"{e.filename or 'a file'} cannot be used ({e.strerror})"
-        text = f"{name}: {problem}. Check the path and its permissions."
-        print_line(printable(text), stream=sys.stderr)
     except KeyboardInterrupt:
         print_line(f"{name}: stopped.", stream=sys.stderr)
         return 130
+    except InputError as e:
+        error = e
+    except OSError as e:
+        remedy = "Check the path and its permissions"
+        error = InputError(e.filename or "a file", f"cannot be used ({e.strerror})", remedy, "os")
+    print_line(f"{name}: {error}", stream=sys.stderr)
     return 2
 
 
