@@ -20,7 +20,6 @@ import re
 import secrets
 import shutil
 import sys
-import threading
 import time
 import unicodedata
 import warnings
@@ -50,7 +49,6 @@ FLAG = r"|\d+(\.0*)?|true|false|yes|no|y|n|x"
 NO = r"|0+(\.0*)?|false|no?"
 NOT_A_TAG = rf"{FLAG}|none|null|nan|[\W\d].*|.*[\[\]{{}}()<>=\"].*"
 MOST_PIXELS = 64_000_000  # in a photo
-LIBTIFF = threading.Lock()  # of `silent_libtiff`
 
 
 # ---- a devkit ------------------------------------------------------------------------------------
@@ -469,33 +467,13 @@ def decode(source, convert):
     is_path = not isinstance(source, bytes)
     name, content = (source, read(source)) if is_path else ("the picture", source)
     remedy = f"Convert it to JPEG or PNG (supported: {', '.join(FORMATS)})"
-    with as_input_error(name, "is not a readable image", remedy, "image"), silent_libtiff(content):
+    with as_input_error(name, "is not a readable image", remedy, "image"):
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         w, h = image.size
         if min(w, h) < 16 or w * h > MOST_PIXELS:
             remedy = "Resize it: at least 16 pixels per side, at most 64 million in total"
             raise InputError(name, f"has {w} x {h} pixels", remedy, "size")
         return convert(image, name)
-
-
-@contextmanager
-def silent_libtiff(content):
-    """Discard libtiff's messages about a damaged TIFF: it writes to file descriptor 2 itself."""
-    if content[:2] not in (b"II", b"MM"):
-        yield
-        return
-    with LIBTIFF, open(os.devnull, "w") as nowhere:  # one thread at a time
-        try:
-            stderr = os.dup(2)
-        except OSError:  # it is closed
-            yield
-            return
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
 
 
 def to_rgb(image, name):
