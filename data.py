@@ -145,8 +145,8 @@ class VOC:
             problem = f"lacks {len(missing)} of {len(self.ids)} masks: {' '.join(missing[:10])}"
             raise InputError(self.root, problem, "Add them, or shorten the list", "masks")
         if 2 * len(contradicting) > found:
-            problem = f"has {found} masks, of which {len(contradicting)} contradict the tags of "
-            problem += f"their photo: {' '.join(contradicting[:10])}"
+            problem = f"has {len(contradicting)} of {found} masks that contradict the tags: "
+            problem += " ".join(contradicting[:10])
             remedy = "Index n must mean the n-th class, 0 background and 255 undecided, and the "
             remedy += "tags must name every class in the photo, not only the main one"
             raise InputError(self.root, problem, remedy, "masks")
@@ -179,19 +179,19 @@ def open_devkit(path):
     Warns of a train_aug.txt that leaves out photos of train.txt, and of lists that overlap.
     """
     train_set = VOC(path, "train")
-    shorter = train_set.list_path.with_name("train.txt")
-    if shorter.exists():
-        left_out = set(read_list(shorter)) - set(train_set.ids)
+    lists = train_set.list_path.parent
+    if (lists / "train.txt").exists():
+        left_out = set(read_list(lists / "train.txt")) - set(train_set.ids)
         if left_out:
-            text = f"{train_set.list_path} is used and lacks {len(left_out)} photos of train.txt"
-            warn(f"{text}. Remove it to train on train.txt")
-    if not train_set.list_path.with_name("val.txt").exists():
+            warn(
+                f"{train_set.list_path} replaces train.txt and lacks {len(left_out)} of its photos"
+            )
+    if not (lists / "val.txt").exists():
         return train_set, None
     val_set = VOC(path, "val")
     both = sorted(set(train_set.ids) & set(val_set.ids))
     if both:
-        text = f"{val_set.list_path} lists {len(both)} training photos: {' '.join(both[:5])}"
-        warn(f"{text}. They should be photos that the network has not seen")
+        warn(f"{val_set.list_path} lists {len(both)} training photos: {' '.join(both[:5])}")
     return train_set, val_set
 
 
@@ -235,7 +235,7 @@ class Photos(VOC):
         masks = files_by_name(self.root / "masks", (".png",))
         self.mask_paths = [masks.pop(nfc(name), None) for name in self.ids]
         if masks:
-            first = next(iter(masks.values()))
+            first = min(masks.values())
             warn(f"{len(masks)} masks are not named like a photo; the first is {first}")
 
 
@@ -590,9 +590,8 @@ def photos_of(path):
     if not os.access(path, os.R_OK | os.X_OK):
         raise InputError(path, "cannot be read", "Change its permissions", "permission")
     pictures = [p for p in sorted(path.glob("[!.]*")) if p.suffix.lower() in ENDINGS]
-    pictures = [p for p in pictures if not p.is_dir()]
     stages = {f"{p.stem}_stages.png" for p in pictures}
-    return [p for p in pictures if p.name not in stages]
+    return [p for p in pictures if p.name not in stages and not p.is_dir()]
 
 
 def files_by_name(folder, endings=ENDINGS):
@@ -856,17 +855,13 @@ def raise_all(problems, most=None):
 
 
 def read(path, limit=2**28):
-    """Return all bytes of a file of at most `limit` bytes. All files are read here.
-
-    Raises InputError.
-    """
+    """Return the bytes of a file of at most `limit` bytes. Raises InputError."""
     path = Path(path)
     with as_input_error(path, "cannot be read", "Check the file and its permissions", "read"):
         if not path.exists():
             raise InputError(path, "does not exist", "Add it, or correct the path", "missing")
         if not path.is_file() or path.stat().st_size > limit:
-            problem = f"is not a file of at most {limit // 2**20} MiB"
-            raise InputError(path, problem, "Replace it", "read")
+            raise InputError(path, f"is no file of at most {limit >> 20} MiB", "Replace it", "read")
         return path.read_bytes()
 
 
@@ -1028,10 +1023,7 @@ def run_command(name, command, argv):
 
 
 def report(path):
-    """Print what the loader finds in a devkit or a folder of photos.
-
-    Raises InputError with all problems, those of the masks as well.
-    """
+    """Print what the loader finds in a devkit or a folder of photos. Raises InputError."""
     is_devkit = devkit_in(path) is not None
     sets = open_devkit(path) if is_devkit else (Photos(path), None)
     what = "a VOC devkit (--voc)" if is_devkit else "photos in folders or tags.csv (--photos)"
@@ -1054,7 +1046,6 @@ def report(path):
 
 def main(argv=None):
     """Run `python data.py PATH`; return the exit status."""
-
     parser = argparse.ArgumentParser("data.py", description="Print what the loader finds.")
     parser.add_argument("path", metavar="PATH", help="a VOC devkit or a folder of tagged photos")
     path = parser.parse_args(argv).path
