@@ -43,6 +43,7 @@ VOC_CLASSES = (
 ).split()
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # JPEG includes the MPO files of phones
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
+UNREADABLE = (".heic", ".heif", ".avif", ".gif", ".jp2", ".dng", ".cr2", ".nef", ".svg", "")
 # in a table of tags: the cells below a class name (1, 0, yes, no and the like, or empty), those
 # that mean no, and words that are no class name (flags, numbers, code)
 FLAG = r"|\d+(\.0*)?|true|false|yes|no|y|n|x"
@@ -251,10 +252,10 @@ def tags_of_folders(root):
     for folder in [*folders, root]:
         photos = photos_of(folder)
         files = [p for p in folder.glob("[!.]*") if p.is_file()]
-        if files and not photos and folder != root:
+        unreadable = any(p.suffix.lower() in UNREADABLE for p in files)
+        if unreadable and not photos and folder != root:
             problem = f"holds no picture that can be read ({count_endings(files)})"
-            remedy = "Convert them to JPEG or PNG, or move the folder elsewhere"
-            raise InputError(folder, problem, remedy, "format")
+            raise InputError(folder, problem, "Convert them to JPEG or PNG", "format")
         for photo in photos:
             key = hashlib.sha256(read(photo)).digest()
             _, tags = found.setdefault(key, (photo, set()))
@@ -266,18 +267,22 @@ def tags_of_folders(root):
 
 
 def refuse_masks(photos):
-    """Raise InputError if a picture among the photos is named like another, as masks are.
+    """Raise InputError if pictures among the photos look like the masks of others.
 
-    Such a picture is called x_mask or the like, or is a palette or grey PNG of the same name,
-    beside its photo or in another folder.
+    For example x_mask.png or a palette file x.png beside x.jpg, or a folder that holds only palette
+    or grey PNG files which are named like photos in other folders.
     """
-    names = Counter(path.stem for path in photos)
+    names = Counter(path.with_suffix("") for path in photos)
+    stems = Counter(path.stem for path in photos)
+    shared = [p for p in photos if stems[p.stem] > 1 and p.suffix.lower() == ".png"]
+    indexed = ("P", "L", "1")
+    suspects = {p for p in shared if decode(p, lambda image, _: image.mode) in indexed}
+    photo_folders = {p.parent for p in photos if p not in suspects}
     for path in photos:
         base = re.sub(r"_(mask|masks|label|labels|gt|seg|segmentation|overlay)$", "", path.stem)
-        is_marked = base != path.stem and base in names
-        is_twin = names[path.stem] > 1 and path.suffix.lower() == ".png"
-        mode = decode(path, lambda image, _: image.mode) if is_twin else "RGB"
-        if is_marked or mode in ("P", "L", "1"):
+        is_marked = base != path.stem and path.parent / base in names
+        is_twin = names[path.with_suffix("")] > 1 or path.parent not in photo_folders
+        if is_marked or path in suspects and is_twin:
             remedy = "Move masks to DIR/masks, or elsewhere; if it is a photo, rename it"
             raise InputError(path, f"looks like a mask of a photo {base}", remedy, "mask")
 
@@ -301,28 +306,22 @@ def tags_of_table(path):
     if len(set(columns)) < len(columns):
         raise InputError(path, "has two columns with the same name", "Rename or remove one", "tags")
     found = {}
-    for number, name, cells in rows:
-        if name not in files:
-            problem = f'row {number} names "{name}", which is not a file below {folder}'
+    for number, photo, cells in rows:
+        if photo not in files:
+            problem = f'row {number} names "{photo}", which is not a file below {folder}'
             raise InputError(path, problem, "Correct the name", "missing")
-        tags = tags_of_row(cells, columns)
+        if columns:
+            tags = {name for name, cell in zip(columns, cells) if not re.fullmatch(NO, cell, re.I)}
+        else:
+            tags = {tag.strip() for cell in cells for tag in re.split("[,;|]", cell)} - {""}
         for tag in sorted(tags):
             if re.fullmatch(NOT_A_TAG, tag, re.I):
                 remedy = "Write class names, or a header of classes with only 1 and 0 below it"
                 raise InputError(path, f"row {number} has {tag!r} as a tag", remedy, "tags")
-        found.setdefault(files[name], set()).update(tags)
+        found.setdefault(files[photo], set()).update(tags)
     refuse_lists_in_names(path, set().union(*found.values()))
     warn_of_unused(folder, set(found))
     return found
-
-
-def tags_of_row(cells, columns):
-    """Return the set of tags in the cells of a row; with columns, those not marked as no."""
-    if columns:
-        tags = {name for name, cell in zip(columns, cells) if not re.fullmatch(NO, cell, re.I)}
-    else:
-        tags = {tag.strip() for cell in cells for tag in re.split("[,;|]", cell)} - {""}
-    return {nfc(tag) for tag in tags}
 
 
 def read_rows(path):
@@ -331,7 +330,7 @@ def read_rows(path):
     Understands a first line `sep=;`, the index column that pandas writes, and Windows paths.
     Raises InputError.
     """
-    text = read_text(path)
+    text = nfc(read_text(path))
     # the first separator outside quotes follows `sep=` or the photo's name
     separator = re.search("[;\t,]", re.sub('"[^"]*"', "", text))
     delimiter = separator[0] if separator else ","
@@ -342,8 +341,7 @@ def read_rows(path):
     rows = [(n, row) for n, row in rows if any(row)]
     if rows and not rows[0][1][0] and all(row[0].isdigit() and row[1:] for _, row in rows[1:]):
         rows = [(n, row[1:]) for n, row in rows]  # without the index column
-    names = [nfc(posixpath.normpath(row[0].replace("\\", "/"))) for _, row in rows]
-    return [(n, name, row[1:]) for name, (n, row) in zip(names, rows)]
+    return [(n, posixpath.normpath(row[0].replace("\\", "/")), row[1:]) for n, row in rows]
 
 
 def refuse_lists_in_names(path, names):
