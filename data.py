@@ -184,15 +184,15 @@ def open_devkit(path):
     if (lists / "train.txt").exists():
         left_out = set(read_list(lists / "train.txt")) - set(train_set.ids)
         if left_out:
-            warn(
-                f"{train_set.list_path} replaces train.txt and lacks {len(left_out)} of its photos"
-            )
+            text = f"{train_set.list_path} is used and lacks {len(left_out)} photos of train.txt"
+            warn(f"{text}. Remove it to train on train.txt")
     if not (lists / "val.txt").exists():
         return train_set, None
     val_set = VOC(path, "val")
     both = sorted(set(train_set.ids) & set(val_set.ids))
     if both:
-        warn(f"{val_set.list_path} lists {len(both)} training photos: {' '.join(both[:5])}")
+        text = f"{val_set.list_path} lists {len(both)} training photos: {' '.join(both[:5])}"
+        warn(f"{text}. Val photos should be ones that the network has not seen")
     return train_set, val_set
 
 
@@ -859,7 +859,8 @@ def read(path, limit=2**28):
         if not path.exists():
             raise InputError(path, "does not exist", "Add it, or correct the path", "missing")
         if not path.is_file() or path.stat().st_size > limit:
-            raise InputError(path, f"is no file of at most {limit >> 20} MiB", "Replace it", "read")
+            problem = f"is not a file of at most {limit // 2**20} MiB"
+            raise InputError(path, problem, "Replace it", "read")
         return path.read_bytes()
 
 
