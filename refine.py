@@ -8,17 +8,18 @@ photos of our VOC subsets (LO and HI also with val masks) and then fixed (docs/C
 
     upsample            bring S to the grid of F_mid
     1 localization_maps M_k = relu(S_k) / max relu(S_k)            where is each class, roughly?
-                        (with the CAM head of train.fit_cam min(1, relu(S_k)): it has a scale)
+                        (for the CAM head of train.fit_cam: min(1, relu(S_k)))
     2 affinity_guided   M <- (M0 + lambda T M) / (1 + lambda)      spread M where F_mid is similar
       stretch           M_k <- M_k / max(max M_k, floor)           the walk lowers the peaks
     3 self_guided       q_i = a_i . I_i + b_i                      follow the image's own edges
     4 pseudo_labels     class if the highest M_k >= hi, background if it is < lo, else 255
 
 Symbols: B images; K classes, of which P are tagged (`tagged` holds their indices); (h,w) the size
-of a feature grid, (H,W) of the image; i, j pixels of one grid; k a class; S scores of the CAM head,
-Z logits of the segmentation head, M localization maps, I the image, F_mid intermediate features.
-The stages take and return batched tensors; they know nothing of files, networks or options. The
-same `tagged` applies to every image of the batch. All results except the label are differentiable.
+of a feature grid, (H,W) of the image; i, j pixels of the image or cells of a feature grid; k a
+class; S scores of the CAM head, Z logits of the segmentation head, M localization maps, I the
+image, F_mid intermediate features. The stages take and return batched tensors; they know nothing of
+files, networks or options. The same `tagged` applies to every image of the batch. All results
+except the label are differentiable.
 """
 
 import torch
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 
 # The defaults of train.py and sgseg.py for photos. The toy set has its own STRENGTH, RADIUS, EPS,
 # LO and HI: TOY in train.py.
-IGNORE = 255  # VOC's index for undecided pixels: they enter no loss and no score
+IGNORE = 255  # VOC's index for undecided pixels; losses and scores ignore them
 LO = 0.30  # a pixel is background if all its maps are below LO (tuned)
 HI = 0.60  # a pixel gets a class if that class's map is at least HI (tuned)
 STRENGTH = 100.0  # lambda, the weight of the second term of E(M), in round 1 (tuned)
@@ -87,15 +88,15 @@ def head_maps(logits, tagged, temperature=2.0):
 
 
 def affinity(features, dilations=DILATIONS, temperature=TEMPERATURE):
-    """Return A_ij = exp((cos(f_i, f_j) - 1) / temperature) for every pixel i and its neighbours j.
+    """Return A_ij = exp((cos(f_i, f_j) - 1) / temperature) for every cell i and its neighbours j.
 
     f is the feature map minus its mean over the image. The mean is what all cells have in common:
     without subtracting it, the mean cosine of two random cells is about 0.35, not 0 (lite0). The
-    neighbours of i are 8 pixels at each of the distances `dilations`, N = 8 len(dilations) in all.
+    neighbours of i are 8 cells at each of the distances `dilations`, N = 8 len(dilations) in all.
     The graph is symmetric: A_ij = A_ji.
 
     features (B,C,h,w). Returns A (B,hw,N) in [0,1], 0 where j lies outside the grid, and
-    index (hw,N) int64, the pixel j of every entry.
+    index (hw,N) int64, the cell j of every entry.
     Raises ValueError if temperature < 0.03: at about 0.02, exp(-2 / temperature) becomes 0 in
     float32, and a row of A could sum to 0.
     Source: our choice; the cosine as in SEAM (Wang et al. 2020), the neighbours as in PAMR
@@ -105,7 +106,7 @@ def affinity(features, dilations=DILATIONS, temperature=TEMPERATURE):
         raise ValueError(f"temperature must be at least 0.03, got {temperature}")
     h, w = features.shape[-2:]
     device = features.device
-    # the neighbours j of every pixel i
+    # the neighbours j of every cell i
     offsets = torch.tensor(dilations)[:, None, None] * torch.tensor(DIRECTIONS)  # (dilations,8,2)
     dy, dx = offsets.flatten(0, 1).to(device).T  # (N,) each
     i = torch.arange(h * w, device=device)[:, None]
@@ -222,7 +223,7 @@ def pseudo_labels(maps, tagged, lo=LO, hi=HI):
     if not 0 <= lo <= hi <= 1:
         raise ValueError(f"want 0 <= lo <= hi <= 1, got lo {lo}, hi {hi}")
     if len(tagged) != maps.shape[1] or not maps.isfinite().all():
-        raise ValueError(f"want {len(tagged)} maps without NaN or inf, got {tuple(maps.shape)}")
+        raise ValueError(f"want {len(tagged)} maps of finite values, got {tuple(maps.shape)}")
     if len(tagged) == 0:
         return torch.zeros_like(maps.sum(1), dtype=torch.uint8)
     best, p = maps.max(1)  # (B,H,W) each
@@ -244,11 +245,11 @@ def four_stages(scores, features, image, tagged, stages=STAGES, lo=LO, hi=HI, fl
     label (B,H,W) uint8. Raises ValueError as the stages do.
     Source: abstract, sentences 5 to 8.
     """
-    localize, guide, transfer = stages
+    localize, guide, sharpen = stages
     localized = localize(upsample(scores, features.shape[-2:]), tagged)  # (B,P,h2,w2)
     guided = guide(localized, features) if guide else localized  # (B,P,h2,w2)
     guided = stretch(guided, floor)
-    refined = transfer(guided, image) if transfer else upsample(guided, image.shape[-2:])
+    refined = sharpen(guided, image) if sharpen else upsample(guided, image.shape[-2:])
     return localized, guided, refined, pseudo_labels(refined, tagged, lo, hi)
 
 
@@ -268,9 +269,9 @@ def stretch(maps, floor):
 def upsample(x, size):
     """Return x (B,C,h,w), bilinearly interpolated to (B,C,*size).
 
-    The corner pixels of x become those of the result. This is exact for images with sides of the
-    form 16n + 1, because their grids of strides 4, 8 and 16 all begin and end at the image's first
-    and last pixel.
+    The corner pixels of x become those of the result. If the image's sides have the form 16n + 1,
+    this aligns the grids exactly: those of strides 4, 8 and 16 all begin and end at the image's
+    first and last pixel.
     """
     if x.shape[1] == 0:  # a photo without a tag has no maps
         return x.new_zeros(*x.shape[:2], *size)
@@ -278,7 +279,7 @@ def upsample(x, size):
 
 
 def guided_coefficients(p, I, radius, eps):
-    """Return the coefficients of the guided filter, averaged over all windows that contain a pixel.
+    """Return the guided filter's coefficients: at each pixel, their mean over all windows with it.
 
     In every window omega_n the result is an affine function of the colours, q_i = a_n . I_i + b_n:
 
@@ -317,8 +318,8 @@ def guided_coefficients(p, I, radius, eps):
 def box_mean(x, radius):
     """Return the mean over the (2 radius + 1)^2 window around each pixel, cut at the border.
 
-    Computed with running sums: their cost does not depend on the radius, as it would with torch's
-    average pooling.
+    Computed with running sums: unlike that of torch's average pooling, their cost does not depend
+    on the radius.
 
     x (B,C,H,W); radius >= 0. Returns (B,C,H,W).
 
@@ -345,4 +346,4 @@ def check_tagged(tagged, num_classes):
     indices = given.flatten().tolist()
     distinct = given.ndim == 1 and len(set(indices)) == len(indices)
     if not distinct or not all(type(k) is int and 0 <= k < num_classes for k in indices):
-        raise ValueError(f"tagged must hold (P,) distinct indices < {num_classes}, got {tagged}")
+        raise ValueError(f"want distinct indices from 0 to {num_classes - 1}, got {tagged}")
