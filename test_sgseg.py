@@ -2171,6 +2171,7 @@ BAD_KIT = {  # case: changes to a devkit, kind of the error, end of its path
     "XML of an unknown class": ({XML: annotation("dragon").encode()}, "tags", XML),
     "XML of a nameless object": ({XML: annotation("").encode()}, "tags", XML),
     "XML that is an entity bomb": ({XML: ENTITY_BOMB}, "xml", XML),
+    "XML with a DOCTYPE": ({XML: b"<!DOCTYPE a []>" + annotation("disc").encode()}, "xml", XML),
     "XML that is empty": ({XML: b""}, "xml", XML),
     "XML of another root": ({XML: b"<doc><object/></doc>"}, "xml", XML),
     "XML with a namespace": ({XML: NAMESPACED}, "xml", XML),
