@@ -2262,6 +2262,7 @@ def test_bad_usage_is_refused_by_argparse(line, capsys):
     option = [word for word in line.split() if word.startswith("--")][-1]
     last = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and (option in last or "one option only" in last)
+    assert "--tag" not in line or line.split()[-1] in last
 
 
 @pytest.mark.parametrize("line", VALUES)
@@ -2313,8 +2314,10 @@ def test_saved_files_run_no_code_and_corrupt_ones_are_refused(name, call, finish
         spoilt.append(good | {"config": good["config"] | {"unknown": 1}})
     for state in [*spoilt, half((finished / name).read_bytes()), b""]:
         path.write_bytes(state) if isinstance(state, bytes) else torch.save(state, path)
-        message = str(refused(call, path))
-        assert well_formed(message) and re.search(rf"{tmp_path}|--\w", message), message
+        error = refused(call, path)
+        assert well_formed(str(error)) and re.search(rf"{tmp_path}|--\w", str(error)), error
+        if name == "model.pt":
+            assert error.kind in ("weights", "model") and error.path == str(path)
     assert not (tmp_path / "made").exists()
 
 
@@ -2357,6 +2360,8 @@ def test_pipes_and_devices_are_refused_by_name(make, kit, copied, tmp_path):
         assert (error.kind, error.path) == ("read", str(path))
     assert refused(data.write, path, Image.new("L", (9, 9)), "a.jpg").kind == "exists"
     assert not path.is_file()
+    path.unlink()
+    assert refused(SGSeg.load, copied).kind == "unfinished"
     signal.alarm(0)
 
 
@@ -2609,6 +2614,8 @@ def test_data_py_prints_what_the_loader_finds(kit, album, capsys):
     assert all(f"toy_{n:04d}.jpg" in line for n, line in enumerate(lines[1:]))
     few = refused(VOC(kit, "train").scan)
     assert few.kind == "several" and str(few).count("\n") == 10
+    with pytest.raises(SystemExit, match="2"):
+        data.main([])  # it takes one folder
 
 
 def test_libtiff_prints_nothing_of_its_own(capfd):
