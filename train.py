@@ -176,8 +176,7 @@ def fit_cam(run):
     a map's range.
     Source: our choice, measured in docs/CHOICES.md. Does nothing without ImageNet weights.
     """
-    finished = any(m["what"] in ("fit", "from") for m in run.metrics)
-    if run.cfg.weights == "none" or finished:
+    if run.cfg.weights == "none" or any(m["what"] in ("fit", "from") for m in run.metrics):
         return
     net = run.net.eval()
     start = time.monotonic()
@@ -202,11 +201,9 @@ def fit_cam(run):
 
 
 def print_minutes_left(run, seconds):
-    """Print an estimate of the minutes left. seconds: what one pass of `fit_cam` takes per photo.
-
-    Refining a photo takes 2.4 times as long and training on a crop 1.3 times (lite0 on a CPU). The
-    scores of val and of the training photos take as long as two more refines.
-    """
+    """Print an estimate of the minutes left. seconds: the time of one `fit_cam` pass per photo."""
+    # Refining a photo takes 2.4 times as long, training on a crop 1.3 times (lite0 on a CPU); the
+    # scores of val and of the training photos take as long as two more refines.
     photos = 2.4 * (run.cfg.rounds + 3) * len(run.train_set.ids)
     crops = 1.3 * run.cfg.batch * steps_left(run)
     print_line(f"time left: about {(photos + crops) * seconds / 60:.0f} min")
@@ -372,7 +369,8 @@ def update(run, r):
             sums += L
             shown |= {"L_cls": float(L[0]), "L_seg": float(L[1])}
         run.epoch = epoch + 1
-        sync_buffers(run.net)
+        for buffer in run.net.buffers() if dist.is_initialized() else ():
+            dist.broadcast(buffer, 0)  # all processes take the BatchNorm statistics of rank 0
         world_size = rank_and_world_size()[1]
         L_cls, L_seg = (all_sum(sums) / len(parts) / world_size).tolist()
         rate = world_size * sum(map(len, parts)) / max(time.monotonic() - start, 1e-9)
@@ -396,8 +394,7 @@ def update_step(run, net, batch, decay, where):
     if not L.isfinite().all():
         images = " ".join(run.train_set.ids[i] for i in index)
         problem = f"has a loss that is not finite at {where} ({L.tolist()}, images {images})"
-        kept = run.folder / "checkpoint.pt"
-        remedy = f"Start a new run with a lower --lr. {kept} holds the last finished epoch"
+        remedy = "Start a new run with a lower --lr. checkpoint.pt holds the last finished epoch"
         raise InputError(run.folder, problem, remedy, "loss")
     run.optimizer.zero_grad()
     (L_cls + L_seg).backward()
@@ -695,7 +692,7 @@ def segment_photos(net, out, photos):
         remedy = "Name the folder that holds the photos themselves"
         raise InputError(photos[0], "holds no photo", remedy, "empty")
     problems = []
-    rows = {}
+    areas = {}  # photo -> share of each class
     for path in paths:
         try:
             image = read_image(path)
@@ -708,20 +705,17 @@ def segment_photos(net, out, photos):
         except InputError as problem:
             problems.append(problem)
             continue
-        rows[path.name] = data.areas(label, net.label_names)
-        texts = [f"{k} {share:.0%}" for k, share in rows[path.name].items() if k != "background"]
+        areas[path.name] = data.areas(label, net.label_names)
+        texts = [f"{k} {share:.0%}" for k, share in areas[path.name].items() if k != "background"]
         shown = ", ".join(texts) or "background only"
         print_line(data.printable(f"{path} -> {target}: {shown}"))
-    write(out / "areas.csv", data.csv_bytes(merge_areas(out / "areas.csv", rows)))
+    # in areas.csv, replace the rows of these photos
+    table = out / "areas.csv"
+    rows = list(csv.reader(data.read_text(table).splitlines())) if table.exists() else []
+    rows = [("photo", "class", "share"), *(row for row in rows[1:] if row and row[0] not in areas)]
+    rows += [(photo, *area) for photo, shares in areas.items() for area in shares.items()]
+    write(table, data.csv_bytes(rows))
     data.raise_all(problems)
-
-
-def merge_areas(path, areas):
-    """Return the rows of the file areas.csv, with those of the photos in `areas` replaced."""
-    rows = csv.reader(data.read_text(path).splitlines()[1:]) if path.exists() else []
-    rows = [row for row in rows if row and row[0] not in areas]
-    new = [(photo, *area) for photo, shares in areas.items() for area in shares.items()]
-    return [("photo", "class", "share"), *rows, *new]
 
 
 # ---- several processes: torchrun -----------------------------------------------------------------
@@ -766,12 +760,6 @@ def all_sum(x):
     return sum(all_gather(x))
 
 
-def sync_buffers(net):
-    """Give all processes the BatchNorm statistics of rank 0."""
-    for buffer in net.buffers() if dist.is_initialized() else ():
-        dist.broadcast(buffer, 0)
-
-
 # ---- a run: data, network, optimizer and position ------------------------------------------------
 
 
@@ -784,9 +772,10 @@ class Run:
     Raises InputError.
     """
 
-    def __init__(self, cfg, argv=(), initialize=True):
+    def __init__(self, cfg, argv=(), initialize=True, lock=True):
         self.cfg = cfg
         self.folder = Path(cfg.out)
+        self.lock = lock_folder(self.folder) if lock else None  # an open file
         self.annotate = label_image
         self.train_set, self.val_set = open_data(cfg)  # val_set: None without a val list
         self.net = build_network(cfg, self.train_set.class_names, initialize)
@@ -795,22 +784,15 @@ class Run:
         # index of a photo -> its corrected mask
         self.corrected = read_corrected(cfg.corrected, self.train_set) if cfg.corrected else {}
         # properties of the data that must not change when the run is resumed
-        masks = [
-            f"{self.train_set.ids[i]} {hashlib.sha256(data.read(path)).hexdigest()}"
-            for i, path in self.corrected.items()
-        ]
+        hashes = {i: hashlib.sha256(data.read(path)) for i, path in self.corrected.items()}
+        masks = [f"{self.train_set.ids[i]} {sha.hexdigest()}" for i, sha in hashes.items()]
         self.identity = self.train_set.identity() | {"corrected": masks}
-        self.about = {  # config.json
-            "config": asdict(cfg),
-            "command": list(argv),
-            "threads": torch.get_num_threads(),
-            "python": sys.version,
-            "torch": str(torch.__version__),
-            "numpy": np.__version__,
-        }
+        # the content of config.json
+        self.about = {"config": asdict(cfg), "command": list(argv)}
+        self.about |= {"threads": torch.get_num_threads(), "python": sys.version}
+        self.about |= {"torch": str(torch.__version__), "numpy": np.__version__}
         self.epoch = 0
         self.metrics = []  # rows of metrics.jsonl
-        self.lock = None  # an open file; the lock lasts as long as it is open
 
     def save(self):
         """Write checkpoint.pt, config.json and metrics.jsonl (rank 0 only). Raises InputError."""
@@ -921,8 +903,7 @@ def read_corrected(folder, photos):
         corrected[i] = path
     if not corrected:
         raise InputError(folder, "holds no mask NAME.png", "Check --corrected", "corrected")
-    names = " ".join(photos.ids[i] for i in corrected)
-    print_line(f"{len(corrected)} corrected masks: {names}")
+    print_line(f"{len(corrected)} corrected masks: {' '.join(photos.ids[i] for i in corrected)}")
     return corrected
 
 
@@ -934,9 +915,7 @@ def new_run(cfg, argv=()):
     if found:
         problem = f"is not empty: it holds {found[0]}"
         raise InputError(folder, problem, "Use --resume, or another --out", "exists")
-    lock = lock_folder(folder)
     run = Run(cfg, argv)
-    run.lock = lock
     size = f"photos: {len(run.train_set.ids)}, classes: {len(run.train_set.class_names)}"
     print_line(f"{size}, rounds: {cfg.rounds}, steps: {steps_left(run)}, device: {cfg.device}")
     run.save()
@@ -965,9 +944,7 @@ def load_run(folder, given=None, lock=True):
                 )
                 remedy = "Leave the option out, or start a new --out"
                 raise InputError(folder, problem, remedy, "option")
-    held = lock_folder(Path(folder)) if lock else None
-    run = Run(cfg, initialize=False)
-    run.lock = held
+    run = Run(cfg, initialize=False, lock=lock)
     for what, value in run.identity.items():
         if value != saved[what]:
             problem = f"has changed since {folder} was started: its {what} differ"
@@ -1167,7 +1144,14 @@ def use_run(job, given):
     if job.segment and rank_and_world_size()[1] > 1:
         problem = "runs in one process only"
         raise InputError("--segment", problem, "Start it without torchrun", "processes")
-    folder = Path(job.eval or find_run(given.pop("out", "")))
+    runs = [job.eval or given.pop("out", None)]
+    if runs == [None]:  # take the only run that has a model
+        runs = [path.parent for path in sorted(Path("runs").glob("*/model.pt"))]
+    if len(runs) != 1:
+        problem = f"is needed: runs/ holds {' '.join(map(str, runs)) or 'no run with a model.pt'}"
+        remedy = "Name the run whose network is to be used"
+        raise InputError("--out RUN", problem, remedy, "missing")
+    folder = Path(runs[0])
     if job.segment or "voc" in given:
         net = SGSeg.load(folder, check(Config(**given)).device)
     else:
@@ -1182,17 +1166,6 @@ def use_run(job, given):
         evaluate_split(net, folder, given["voc"], job.split)
     else:
         evaluate(run)
-
-
-def find_run(out):
-    """Return the run folder: --out, or the only one in runs/ with a model. Raises InputError."""
-    if out:
-        return out
-    runs = sorted(str(path.parent) for path in Path("runs").glob("*/model.pt"))
-    if len(runs) == 1:
-        return runs[0]
-    problem = f"is needed: runs/ holds {' '.join(runs) or 'no run with a model.pt'}"
-    raise InputError("--out RUN", problem, "Name the run whose network is to be used", "missing")
 
 
 def main(argv=None):
