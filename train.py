@@ -365,7 +365,7 @@ def update(run, r):
         for step, batch in enumerate(batches):
             n = (epoch - first) * len(parts) + step
             decay = (1 - n / ((end - first) * len(parts))) ** 0.9
-            L = update_step(run, net, batch, decay, f"epoch {epoch} step {step}")
+            L = update_step(run, net, batch, decay)
             sums += L
             shown |= {"L_cls": float(L[0]), "L_seg": float(L[1])}
         run.epoch = epoch + 1
@@ -380,7 +380,7 @@ def update(run, r):
     set_deterministic(False)
 
 
-def update_step(run, net, batch, decay, where):
+def update_step(run, net, batch, decay):
     """Do one SGD step and return (L_cls, L_seg) as a CPU tensor.
 
     net: run.net, or its DistributedDataParallel wrapper. Raises InputError if a loss is not finite.
@@ -393,7 +393,7 @@ def update_step(run, net, batch, decay, where):
     L = torch.stack([L_cls, L_seg]).detach().cpu()
     if not L.isfinite().all():
         images = " ".join(run.train_set.ids[i] for i in index)
-        problem = f"has a loss that is not finite at {where} ({L.tolist()}, images {images})"
+        problem = f"has a loss that is not finite in epoch {run.epoch} ({L.tolist()}: {images})"
         remedy = "Start a new run with a lower --lr. checkpoint.pt holds the last finished epoch"
         raise InputError(run.folder, problem, remedy, "loss")
     run.optimizer.zero_grad()
@@ -725,8 +725,7 @@ def init_distributed():
     """Join the other processes if torchrun started this one; only rank 0 prints from then on."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
-    world_size = os.environ.get("WORLD_SIZE")
-    data.print_line(f"waiting for {world_size} processes (WORLD_SIZE is set by torchrun)")
+    print_line(f"waiting for {os.environ.get('WORLD_SIZE')} processes (torchrun sets WORLD_SIZE)")
     # name both backends: on a machine with a GPU the default lacks one for CPU tensors
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -939,9 +938,8 @@ def load_run(folder, given=None, lock=True):
         saved = {what: state["data"][what] for what in ("classes", "ids", "tags", "corrected")}
         for name in given:
             if name not in MAY_CHANGE and getattr(cfg, name) != own[name]:
-                problem = (
-                    f"was started with --{name.replace('_', '-')} {own[name]}, not {given[name]}"
-                )
+                typed = f"--{name.replace('_', '-')} {own[name]}"
+                problem = f"was started with {typed}, not {given[name]}"
                 remedy = "Leave the option out, or start a new --out"
                 raise InputError(folder, problem, remedy, "option")
     run = Run(cfg, initialize=False, lock=lock)
@@ -984,20 +982,6 @@ def lock_folder(folder):
         elif leftover.parent.name != "segmented":  # there, --segment may write without a lock
             leftover.unlink()
     return file
-
-
-def open_run(folder, given, resume, argv):
-    """Return a new or resumed run, in every process: rank 0 writes it, the others then read it."""
-    if rank_and_world_size()[0]:
-        all_gather(None)  # wait until rank 0 has written the run
-        return load_run(folder, given, lock=False)
-    if resume:
-        run = load_run(folder, given)
-    else:
-        defaults = TOY if not (given.get("voc") or given.get("photos")) else {}
-        run = new_run(check(Config(**defaults | given | {"out": str(folder)})), argv)
-    all_gather(None)
-    return run
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -1108,8 +1092,6 @@ def parse(argv):
         parser.error("--multi-scale belongs to --segment or --eval")
     if job.split != "val" and not (job.eval and "voc" in given):
         parser.error("--split belongs to --eval RUN --voc PATH")
-    if job.eval and "out" in given:
-        parser.error("--eval RUN already names the run: do not give --out")
     allowed = {"device", "object_bias"} | ({"out"} if job.segment else {"voc", "size"})
     useless = set(given) - allowed
     if (job.segment or job.eval) and useless:
@@ -1131,7 +1113,16 @@ def run_job(argv):
     folder = Path(given.get("out") or f"runs/{kind}")
     if job.resume and not folder.is_dir():
         raise InputError(folder, "does not exist", "Name the run with --out", "missing")
-    run = open_run(folder, given, job.resume, argv)
+    # rank 0 writes the run, the other processes then read it
+    rank = rank_and_world_size()[0]
+    if rank == 0 and not job.resume:
+        options = (TOY if kind == "toy" else {}) | given | {"out": str(folder)}
+        run = new_run(check(Config(**options)), argv)
+    elif rank == 0:
+        run = load_run(folder, given)
+    all_gather(None)
+    if rank:
+        run = load_run(folder, given, lock=False)
     run_all(run)
     names = ("masks", "overlays", "areas.csv", "classes.txt", "panels", "results.json", "model.pt")
     written = ", ".join(name for name in names if (folder / name).exists())
@@ -1176,9 +1167,8 @@ def main(argv=None):
             return run_job(words)
         except (MemoryError, RuntimeError) as e:  # name those that a user can fix
             if dist.is_initialized() and re.search("gloo|NCCL|Connection (closed|reset)", str(e)):
-                raise InputError(
-                    "another process", "has ended", "Read its message, then resume", "rank"
-                )
+                remedy = "Read its message, then resume"
+                raise InputError("another process", "has ended", remedy, "rank")
             if isinstance(e, MemoryError) or re.search("(allocate|out of) memory", str(e)):
                 remedy = "Lower --batch, --crop or --size"
                 raise InputError("the run", "does not fit into memory", remedy, "memory")
