@@ -812,7 +812,7 @@ def test_weights_load_in_the_forms_that_programs_save_and_others_are_refused(tmp
     name = "high.1.0.weight"
     for content, named in (
         *((without(state, name), name), (state | {"fc.weight": torch.ones(2)}, "fc.weight")),
-        *((state | {name: torch.ones(7, 3)}, "[7, 3]"), (state | {name: "text"}, name)),
+        *((state | {name: torch.ones(7, 3)}, "[7, 3]"), (state | {name: "text"}, "w.pth")),
         *((state | {name: state[name] * math.nan}, name), ({1: state[name]}, "w.pth")),
         *(([state], "w.pth"), (torch.ones(3), "w.pth"), ({"state_dict": torch.ones(1)}, "w.pth")),
         ({"conv1.weight": torch.ones(1), "bn1.bias": torch.ones(1)}, "Tiny"),

@@ -17,7 +17,6 @@ masks of VOC subsets (lo, hi and min_steps also with val masks) and then fixed (
 
 import argparse
 import csv
-import errno
 import hashlib
 import json
 import os
@@ -27,7 +26,7 @@ import signal
 import sys
 import time
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -50,9 +49,9 @@ except ImportError:  # Windows has no fcntl: runs are not locked there
     fcntl = None
 
 
-def option(default, help, source="", low=-float("inf"), high=float("inf"), choices=None):
+def option(default, help, source="", low=-float("inf"), high=float("inf")):
     """Return a dataclass field that is also an option of the command line."""
-    about = {"help": help, "source": source, "low": low, "high": high, "choices": choices}
+    about = {"help": help, "source": source, "low": low, "high": high}
     return field(default=default, metadata=about)
 
 
@@ -65,17 +64,13 @@ class Config:
     photos: str = option("", "folder of tagged photos, DIR/CLASS/*.jpg, instead of a devkit")
     corrected: str = option("", "folder of corrected masks, used as labels of their photos")
     out: str = option("", "run folder [runs/voc, runs/photos or runs/toy]")
-    backbone: str = option("lite0", "lite0, vgg16, tiny or your own", choices=BACKBONES)
+    backbone: str = option("lite0", "lite0, vgg16, tiny or your own")
     weights: str = option("auto", "ImageNet weights: auto (the backbone's own), none, or a file")
     # schedule
-    warmup: int = option(
-        0, "epochs on L_cls alone before round 1; needed without ImageNet weights", "tuned", 0
-    )
+    warmup: int = option(0, "epochs on L_cls alone; needed without ImageNet weights", "tuned", 0)
     rounds: int = option(3, "rounds of refine and update before the last refine", "tuned", 0, 1000)
     epochs: int = option(4, "epochs per update", "our choice", 1, 10_000)
-    min_steps: int = option(
-        5, "minimum number of steps per epoch; small sets are repeated", "tuned", 1, 10_000
-    )
+    min_steps: int = option(5, "fewest steps of an epoch; small sets repeat", "tuned", 1, 10_000)
     batch: int = option(16, "images per step", "our choice", 1, 10_000)
     lr: float = option(
         0.003, "learning rate; the heads' is 10 times this with ImageNet weights", "tuned", 1e-9, 10
@@ -99,7 +94,7 @@ class Config:
         refine.HI, "a class where its map reaches it; last refine: (lo + hi) / 2", "tuned", 0, 1
     )
     object_bias: float = option(
-        0.75, "added to the logits of all objects when segmenting", "tuned", -100, 100
+        0.75, "added to objects' logits when segmenting", "tuned", -100, 100
     )
     supervised: bool = option(False, "train on the true masks, to measure the upper bound")
     # machine
@@ -181,8 +176,7 @@ def fit_cam(run):
     a map's range.
     Source: our choice, measured in docs/CHOICES.md. Does nothing without ImageNet weights.
     """
-    finished = any(m["what"] in ("fit", "from") for m in run.metrics)
-    if run.cfg.weights == "none" or finished:
+    if run.cfg.weights == "none" or any(m["what"] in ("fit", "from") for m in run.metrics):
         return
     net = run.net.eval()
     start = time.monotonic()
@@ -207,11 +201,9 @@ def fit_cam(run):
 
 
 def print_minutes_left(run, seconds):
-    """Print an estimate of the minutes left. seconds: what one pass of `fit_cam` takes per photo.
-
-    Refining a photo takes 2.4 times as long and training on a crop 1.3 times (lite0 on a CPU). The
-    scores of val and of the training photos take as long as two more refines.
-    """
+    """Print an estimate of the minutes left. seconds: the time of one `fit_cam` pass per photo."""
+    # Refining a photo takes 2.4 times as long, training on a crop 1.3 times (lite0 on a CPU); the
+    # scores of val and of the training photos take as long as two more refines.
     photos = 2.4 * (run.cfg.rounds + 3) * len(run.train_set.ids)
     crops = 1.3 * run.cfg.batch * steps_left(run)
     print_line(f"time left: about {(photos + crops) * seconds / 60:.0f} min")
@@ -373,22 +365,22 @@ def update(run, r):
         for step, batch in enumerate(batches):
             n = (epoch - first) * len(parts) + step
             decay = (1 - n / ((end - first) * len(parts))) ** 0.9
-            L = update_step(run, net, batch, decay, f"epoch {epoch} step {step}")
+            L = update_step(run, net, batch, decay)
             sums += L
             shown |= {"L_cls": float(L[0]), "L_seg": float(L[1])}
         run.epoch = epoch + 1
-        sync_buffers(run.net)
-        mean = (all_sum(sums) / len(parts) / rank_and_world_size()[1]).tolist()
-        images = len(parts) * batch_size(run)
-        rate = images / max(time.monotonic() - start, 1e-9)
-        run.log(
-            "update", round=r, L_cls=mean[0], L_seg=mean[1], lr=cfg.lr * decay, images_per_s=rate
-        )
+        for buffer in run.net.buffers() if dist.is_initialized() else ():
+            dist.broadcast(buffer, 0)  # all processes take the BatchNorm statistics of rank 0
+        world_size = rank_and_world_size()[1]
+        L_cls, L_seg = (all_sum(sums) / len(parts) / world_size).tolist()
+        rate = world_size * sum(map(len, parts)) / max(time.monotonic() - start, 1e-9)
+        lr = cfg.lr * decay
+        run.log("update", round=r, L_cls=L_cls, L_seg=L_seg, lr=lr, images_per_s=rate)
         run.save()
     set_deterministic(False)
 
 
-def update_step(run, net, batch, decay, where):
+def update_step(run, net, batch, decay):
     """Do one SGD step and return (L_cls, L_seg) as a CPU tensor.
 
     net: run.net, or its DistributedDataParallel wrapper. Raises InputError if a loss is not finite.
@@ -401,19 +393,13 @@ def update_step(run, net, batch, decay, where):
     L = torch.stack([L_cls, L_seg]).detach().cpu()
     if not L.isfinite().all():
         images = " ".join(run.train_set.ids[i] for i in index)
-        problem = f"has a loss that is not finite at {where} ({L.tolist()}, images {images})"
-        kept = run.folder / "checkpoint.pt"
-        remedy = f"Start a new run with a lower --lr. {kept} holds the last finished epoch"
+        problem = f"has a loss that is not finite in epoch {run.epoch} ({L.tolist()}: {images})"
+        remedy = "Start a new run with a lower --lr. checkpoint.pt holds the last finished epoch"
         raise InputError(run.folder, problem, remedy, "loss")
     run.optimizer.zero_grad()
     (L_cls + L_seg).backward()
     run.optimizer.step()
     return L
-
-
-def batch_size(run):
-    """Return the number of images in a step, over all processes."""
-    return min(run.cfg.batch, len(run.train_set.ids))
 
 
 def steps_left(run):
@@ -429,7 +415,7 @@ def batch_indices(run, epoch):
     a new order. Raises InputError if a batch cannot be divided among the processes.
     """
     n = len(run.train_set.ids)
-    batch = batch_size(run)
+    batch = min(run.cfg.batch, n)
     rank, world_size = rank_and_world_size()
     if batch % world_size:
         problem = f"of {batch} images cannot be divided among {world_size} processes"
@@ -580,7 +566,7 @@ def score_stages(run):
     photos = run.train_set
     have = [i for i, path in enumerate(photos.mask_paths) if path and i not in run.corrected]
     net = SGSeg.load(run.folder / "warmup.pt", run.cfg.device)
-    C = {}
+    C = defaultdict(int)  # row of the table -> confusion matrix
     pixels = 0
     left_out = []
     contradicting = []
@@ -596,12 +582,21 @@ def score_stages(run):
         pixels += int((truth != IGNORE).sum())
         for name, label in stage_labels(run, net, image, i).items():
             decided = np.where(label == IGNORE, IGNORE, truth)
-            C[name] = C.get(name, 0) + data.confusion(decided, label, len(photos.class_names))
+            C[name] += data.confusion(decided, label, len(photos.class_names))
     left_out = sum(all_gather(left_out), [])
     if left_out:
         data.warn(f"{len(left_out)} training masks are not scored; the first: {left_out[0]}")
     photos.check_masks(sum(all_gather(contradicting), []))
-    return summarise(run, C, max(1, all_sum(pixels)))
+    total = defaultdict(int)
+    for name, matrix in (pair for part in all_gather(C) for pair in part.items()):
+        total[name] += matrix
+    pixels = max(1, all_sum(pixels))
+    omitted = [photos.ids[i] for i in run.corrected]
+    more = {"left_out_because_corrected": omitted} if omitted else {}
+    return {
+        name: data.summary(matrix, photos.class_names) | {"decided": matrix.sum() / pixels} | more
+        for name, matrix in total.items()
+    }
 
 
 def stage_labels(run, net, image, i):
@@ -624,25 +619,12 @@ def stage_labels(run, net, image, i):
     return labels
 
 
-def summarise(run, C, pixels):
-    """Return {row: summary} of the confusion matrices C {row: matrix} of all processes."""
-    parts = all_gather(C)
-    rows = {}
-    for name in dict.fromkeys(name for part in parts for name in part):
-        total = sum(part.get(name, 0) for part in parts)
-        rows[name] = data.summary(total, run.train_set.class_names)
-        rows[name]["decided"] = float(total.sum() / pixels)
-        if run.corrected:
-            rows[name]["left_out_because_corrected"] = [run.train_set.ids[i] for i in run.corrected]
-    return rows
-
-
 def evaluate(run):
     """Score the head on val and every stage on the training photos; print and write the scores."""
     if run.epoch < epochs_before(run.cfg, min(2, run.cfg.rounds + 1)):
         raise InputError(run.folder, "has not finished a round", "Use --resume", "unfinished")
-    run.net.eval()
-    val = validate(run.net, run.val_set) if run.cfg.rounds else None  # else the head is untrained
+    net = run.net.eval()
+    val = validate(net, run.val_set) if run.cfg.rounds else None  # else the head is untrained
     rows = {}
     if any(run.train_set.mask_paths):
         try:
@@ -650,49 +632,18 @@ def evaluate(run):
         except InputError as problem:
             data.warn(f"the labels are not scored: {problem}")
     rows |= {"val seg": val} if val else {}
-    if rank_and_world_size()[0] == 0:
-        print_scores(rows, run.net.label_names)
-        name = "results.json"
-        changed = (run.net.size, run.net.object_bias) != (run.cfg.size, run.cfg.object_bias)
-        if changed or len(run.net.scales) > 1:
-            name = f"results_{settings_name(run.net)}.json"
-        write(run.folder / name, json.dumps(rows, indent=1))
+    changed = (net.size, net.object_bias) != (run.cfg.size, run.cfg.object_bias)
+    other = changed or len(net.scales) > 1
+    name = f"results_{settings_name(net)}.json" if other else "results.json"
+    write_scores(run.folder / name, rows, net.label_names)
 
 
-def settings_name(net):
-    """Return the settings that a score depends on, as part of a file name."""
-    return f"size{net.size}_bias{net.object_bias:g}_{len(net.scales)}scales"
-
-
-def print_scores(rows, label_names):
-    """Print the table of IoU in %, a row for each stage, a column for each class."""
-    if not rows:
-        print_line("nothing was scored: there are no masks")
-        return
-    print_line("\nIoU in %. train: maps of round 1, thresholded at (lo + hi) / 2.")
-    print_line("labels: on decided pixels only; the column 'decided' is their share.")
-    print_line(f"{'':18}  mIoU  decided " + " ".join(f"{name[:5]:>5}" for name in label_names))
-    for name, s in rows.items():
-        values = [s["miou"], s["decided"], *(s["iou"].get(k) for k in label_names)]
-        texts = ["    -" if x is None else f"{100 * x:5.1f}" for x in values]
-        print_line(f"{name:18} {texts[0]}    {' '.join(texts[1:])}")
-
-
-def set_options(net, given, scales):
-    """Set the options of the command line in a trained network, and return it."""
-    net.scales = scales
-    net.size = given.get("size", net.size)
-    net.object_bias = given.get("object_bias", net.object_bias)
-    return net
-
-
-def evaluate_split(folder, given, split, scales):
+def evaluate_split(net, folder, root, split):
     """Score a network on a split of a devkit with the same classes; print and write the score.
 
     The file is RUN/results_DEVKIT_SPLIT_SETTINGS.json. Raises InputError.
     """
-    net = set_options(SGSeg.load(folder, check(Config(**given)).device), given, scales)
-    photos = data.VOC(given["voc"], split)
+    photos = data.VOC(root, split)
     if photos.class_names != net.label_names[1:]:
         problem = "has different classes from the network"
         raise InputError(photos.root, problem, "Give a devkit of the same classes", "classes")
@@ -700,24 +651,38 @@ def evaluate_split(folder, given, split, scales):
         problem = f"lacks masks for {split}"
         raise InputError(photos.root, problem, "Add them to SegmentationClass", "masks")
     photos.scan(masks=True)
-    score = validate(net, photos)
-    print_scores({split: score}, net.label_names)
-    name = f"results_{Path(given['voc']).name}_{split}_{settings_name(net)}.json"
-    write(Path(folder) / name, json.dumps({split: score}, indent=1))
-    print_line(f"written: {Path(folder) / name}")
+    name = f"results_{Path(root).name}_{split}_{settings_name(net)}.json"
+    write_scores(folder / name, {split: validate(net, photos)}, net.label_names)
 
 
-def segment_photos(folder, photos, given, scales):
-    """Write masks and overlays of photos, and of the photos in folders, to RUN/segmented.
+def settings_name(net):
+    """Return the settings that a score depends on, as part of a file name."""
+    return f"size{net.size}_bias{net.object_bias:g}_{len(net.scales)}scales"
+
+
+def write_scores(path, rows, label_names):
+    """Write the rows and print them: IoU in %, a row for each stage, a column for each class."""
+    if rank_and_world_size()[0]:
+        return
+    if rows:
+        print_line("\nIoU in %. train: maps of round 1, thresholded at (lo + hi) / 2.")
+        print_line("labels: on decided pixels only; the column 'decided' is their share.")
+        names = " ".join(f"{name[:5]:>5}" for name in label_names)
+        print_line(f"{'':18}  mIoU  decided {names}")
+    for name, s in rows.items():
+        values = [s["miou"], s["decided"], *(s["iou"].get(k) for k in label_names)]
+        texts = ["    -" if x is None else f"{100 * x:5.1f}" for x in values]
+        print_line(f"{name:18} {texts[0]}    {' '.join(texts[1:])}")
+    write(path, json.dumps(rows, indent=1))
+    print_line(f"written: {path}" if rows else "nothing was scored: there are no masks")
+
+
+def segment_photos(net, out, photos):
+    """Write masks and overlays of photos, and of the photos in folders, to the folder out.
 
     NAME.png holds palette indices, areas.csv a row for each photo and class. Photos that cannot be
     read are skipped; one InputError names them at the end.
     """
-    if rank_and_world_size()[1] > 1:
-        problem = "runs in one process only"
-        raise InputError("--segment", problem, "Start it without torchrun", "processes")
-    net = set_options(SGSeg.load(folder, check(Config(**given)).device), given, scales)
-    out = Path(folder) / "segmented"
     paths = []
     for photo in photos:
         paths += data.photos_of(photo)
@@ -727,7 +692,7 @@ def segment_photos(folder, photos, given, scales):
         remedy = "Name the folder that holds the photos themselves"
         raise InputError(photos[0], "holds no photo", remedy, "empty")
     problems = []
-    rows = {}
+    areas = {}  # photo -> share of each class
     for path in paths:
         try:
             image = read_image(path)
@@ -740,20 +705,17 @@ def segment_photos(folder, photos, given, scales):
         except InputError as problem:
             problems.append(problem)
             continue
-        rows[path.name] = data.areas(label, net.label_names)
-        texts = [f"{k} {share:.0%}" for k, share in rows[path.name].items() if k != "background"]
+        areas[path.name] = data.areas(label, net.label_names)
+        texts = [f"{k} {share:.0%}" for k, share in areas[path.name].items() if k != "background"]
         shown = ", ".join(texts) or "background only"
         print_line(data.printable(f"{path} -> {target}: {shown}"))
-    write(out / "areas.csv", data.csv_bytes(merge_areas(out / "areas.csv", rows)))
+    # in areas.csv, replace the rows of these photos
+    table = out / "areas.csv"
+    rows = list(csv.reader(data.read_text(table).splitlines())) if table.exists() else []
+    rows = [("photo", "class", "share"), *(row for row in rows[1:] if row and row[0] not in areas)]
+    rows += [(photo, *area) for photo, shares in areas.items() for area in shares.items()]
+    write(table, data.csv_bytes(rows))
     data.raise_all(problems)
-
-
-def merge_areas(path, areas):
-    """Return the rows of the file areas.csv, with those of the photos in `areas` replaced."""
-    rows = csv.reader(data.read_text(path).splitlines()[1:]) if path.exists() else []
-    rows = [row for row in rows if row and row[0] not in areas]
-    new = [(photo, *area) for photo, shares in areas.items() for area in shares.items()]
-    return [("photo", "class", "share"), *rows, *new]
 
 
 # ---- several processes: torchrun -----------------------------------------------------------------
@@ -763,8 +725,7 @@ def init_distributed():
     """Join the other processes if torchrun started this one; only rank 0 prints from then on."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
-    world_size = os.environ.get("WORLD_SIZE")
-    data.print_line(f"waiting for {world_size} processes (WORLD_SIZE is set by torchrun)")
+    print_line(f"waiting for {os.environ.get('WORLD_SIZE')} processes (torchrun sets WORLD_SIZE)")
     # name both backends: on a machine with a GPU the default lacks one for CPU tensors
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -798,60 +759,41 @@ def all_sum(x):
     return sum(all_gather(x))
 
 
-def sync_buffers(net):
-    """Give all processes the BatchNorm statistics of rank 0."""
-    for buffer in net.buffers() if dist.is_initialized() else ():
-        dist.broadcast(buffer, 0)
-
-
-def check_devices(device):
-    """Raise InputError if several processes on this machine would share a GPU."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
-    gpus = torch.cuda.device_count()
-    if processes > 1 and device != "cpu" and (device != "cuda" or processes > gpus):
-        problem = f"cannot serve {processes} processes with {gpus} GPUs"
-        remedy = "Use --device cpu, or fewer processes"
-        raise InputError(f"--device {device}", problem, remedy, "processes")
-
-
-def runtime_problem(e):
-    """Return an InputError for an error of torch that a user can fix, None for any other."""
-    if dist.is_initialized() and re.search("gloo|NCCL|Connection (closed|reset)", str(e)):
-        return InputError("another process", "has ended", "Read its message, then resume", "rank")
-    if isinstance(e, MemoryError) or re.search("(allocate|out of) memory", str(e)):
-        remedy = "Lower --batch, --crop or --size"
-        return InputError("the run", "does not fit into memory", remedy, "memory")
-    return None
-
-
 # ---- a run: data, network, optimizer and position ------------------------------------------------
 
 
-@dataclass
 class Run:
     """A run: its data and network, and how far it has got (`epoch`: finished epochs in all).
 
+    initialize: load the ImageNet weights (a resumed run has its own).
     annotate: the function that labels a photo. Your own takes the arguments of `label_image` and
     returns a tuple: three maps or none, then the label (1,H,W) uint8. Maps appear in the panels.
+    Raises InputError.
     """
 
-    cfg: Config
-    train_set: data.VOC
-    val_set: data.VOC | None
-    net: SGSeg
-    optimizer: torch.optim.Optimizer
-    about: dict  # config.json: options, command line, versions
-    identity: dict  # properties of the data that must not change when the run is resumed
-    corrected: dict = field(default_factory=dict)  # index of a photo -> its corrected mask
-    annotate: object = label_image
-    epoch: int = 0
-    metrics: list = field(default_factory=list)
-    lock: object = None  # an open file; the lock lasts as long as it is open
-
-    @property
-    def folder(self):
-        """The run folder."""
-        return Path(self.cfg.out)
+    def __init__(self, cfg, argv=(), initialize=True, lock=True):
+        self.cfg = cfg
+        self.folder = Path(cfg.out)
+        self.lock = lock_folder(self.folder) if lock else None  # an open file
+        self.annotate = label_image
+        self.train_set, self.val_set = open_data(cfg)  # val_set: None without a val list
+        self.net = build_network(cfg, self.train_set.class_names, initialize)
+        self.optimizer = build_optimizer(cfg, self.net)
+        scan_data(cfg, self.train_set, self.val_set)
+        # index of a photo -> its corrected mask
+        self.corrected = read_corrected(cfg.corrected, self.train_set) if cfg.corrected else {}
+        # properties of the data that must not change when the run is resumed
+        photos = self.train_set
+        hashes = {i: hashlib.sha256(data.read(path)) for i, path in self.corrected.items()}
+        masks = [f"{photos.ids[i]} {sha.hexdigest()}" for i, sha in hashes.items()]
+        self.identity = {"classes": photos.class_names, "ids": photos.ids}
+        self.identity |= {"tags": photos.tags.tolist(), "corrected": masks}
+        # the content of config.json
+        self.about = {"config": asdict(cfg), "command": list(argv)}
+        self.about |= {"threads": torch.get_num_threads(), "python": sys.version}
+        self.about |= {"torch": str(torch.__version__), "numpy": np.__version__}
+        self.epoch = 0
+        self.metrics = []  # rows of metrics.jsonl
 
     def save(self):
         """Write checkpoint.pt, config.json and metrics.jsonl (rank 0 only). Raises InputError."""
@@ -888,33 +830,6 @@ def format_value(value):
     if isinstance(value, dict):
         return ", ".join(f"{name} {share:.1%}" for name, share in value.items() if share)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def identity(train_set, corrected):
-    """Return the properties of the data that must not change when a run is resumed."""
-    masks = [
-        f"{train_set.ids[i]} {hashlib.sha256(data.read(path)).hexdigest()}"
-        for i, path in corrected.items()
-    ]
-    tags = train_set.tags.tolist()
-    names = {"classes": train_set.class_names, "ids": train_set.ids}
-    return names | {"tags": tags, "corrected": masks}
-
-
-def build(cfg, argv=(), initialize=True):
-    """Return a run with its data, network and optimizer, before any training. Raises InputError.
-
-    initialize: load the ImageNet weights (a resumed run has its own).
-    """
-    train_set, val_set = open_data(cfg)
-    net = build_network(cfg, train_set.class_names, initialize)
-    optimizer = build_optimizer(cfg, net)
-    scan_data(cfg, train_set, val_set)
-    about = {"config": asdict(cfg), "command": list(argv), "threads": torch.get_num_threads()}
-    about |= {"python": sys.version, "torch": str(torch.__version__), "numpy": np.__version__}
-    corrected = read_corrected(cfg.corrected, train_set) if cfg.corrected else {}
-    fixed = identity(train_set, corrected)
-    return Run(cfg, train_set, val_set, net, optimizer, about, fixed, corrected)
 
 
 def open_data(cfg):
@@ -985,8 +900,7 @@ def read_corrected(folder, photos):
         corrected[i] = path
     if not corrected:
         raise InputError(folder, "holds no mask NAME.png", "Check --corrected", "corrected")
-    names = " ".join(photos.ids[i] for i in corrected)
-    print_line(f"{len(corrected)} corrected masks: {names}")
+    print_line(f"{len(corrected)} corrected masks: {' '.join(photos.ids[i] for i in corrected)}")
     return corrected
 
 
@@ -998,9 +912,7 @@ def new_run(cfg, argv=()):
     if found:
         problem = f"is not empty: it holds {found[0]}"
         raise InputError(folder, problem, "Use --resume, or another --out", "exists")
-    lock = lock_folder(folder)
-    run = build(cfg, argv)
-    run.lock = lock
+    run = Run(cfg, argv)
     size = f"photos: {len(run.train_set.ids)}, classes: {len(run.train_set.class_names)}"
     print_line(f"{size}, rounds: {cfg.rounds}, steps: {steps_left(run)}, device: {cfg.device}")
     run.save()
@@ -1024,14 +936,11 @@ def load_run(folder, given=None, lock=True):
         saved = {what: state["data"][what] for what in ("classes", "ids", "tags", "corrected")}
         for name in given:
             if name not in MAY_CHANGE and getattr(cfg, name) != own[name]:
-                problem = (
-                    f"was started with --{name.replace('_', '-')} {own[name]}, not {given[name]}"
-                )
+                typed = f"--{name.replace('_', '-')} {own[name]}"
+                problem = f"was started with {typed}, not {given[name]}"
                 remedy = "Leave the option out, or start a new --out"
                 raise InputError(folder, problem, remedy, "option")
-    held = lock_folder(Path(folder)) if lock else None
-    run = build(cfg, initialize=False)
-    run.lock = held
+    run = Run(cfg, initialize=False, lock=lock)
     for what, value in run.identity.items():
         if value != saved[what]:
             problem = f"has changed since {folder} was started: its {what} differ"
@@ -1060,10 +969,10 @@ def lock_folder(folder):
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        remedy = "Wait until that run has ended"
+        raise InputError(folder, "is in use by another run", remedy, "lock") from None
     except OSError as e:
-        if e.errno in (errno.EACCES, errno.EAGAIN):
-            remedy = "Wait until that run has ended"
-            raise InputError(folder, "is in use by another run", remedy, "lock") from None
         data.warn(f"{folder} cannot be locked ({e.strerror}): start only one run in it")
     for leftover in list(folder.rglob(".sgseg-*.tmp")):  # of a run that was killed
         if leftover.is_dir() and not leftover.is_symlink():
@@ -1071,20 +980,6 @@ def lock_folder(folder):
         elif leftover.parent.name != "segmented":  # there, --segment may write without a lock
             leftover.unlink()
     return file
-
-
-def open_run(folder, given, resume, argv):
-    """Return a new or resumed run, in every process: rank 0 writes it, the others then read it."""
-    if rank_and_world_size()[0]:
-        all_gather(None)  # wait until rank 0 has written the run
-        return load_run(folder, given, lock=False)
-    if resume:
-        run = load_run(folder, given)
-    else:
-        defaults = TOY if not (given.get("voc") or given.get("photos")) else {}
-        run = new_run(check(Config(**defaults | given | {"out": str(folder)})), argv)
-    all_gather(None)
-    return run
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -1105,8 +1000,8 @@ def check(cfg):
         numbers = value if isinstance(value, tuple) else (value,)
         if not isinstance(value, str) and not all(low <= x <= high for x in numbers):
             reject_option(f.name, value, f"Give a value from {low:g} to {high:g}")
-        if f.metadata["choices"] and value not in f.metadata["choices"]:
-            reject_option(f.name, value, f"Choose one of {', '.join(f.metadata['choices'])}")
+    if cfg.backbone not in BACKBONES:
+        reject_option("backbone", cfg.backbone, f"Choose one of {', '.join(BACKBONES)}")
     if cfg.crop % 16 != 1:
         reject_option("crop", cfg.crop, "Give a number of the form 16n+1")
     if cfg.scale[0] > cfg.scale[1]:
@@ -1118,14 +1013,26 @@ def check(cfg):
     if cfg.weights == "none" and cfg.warmup < 1:
         remedy = "Without ImageNet weights the warm-up trains the CAM head: give --warmup 15"
         reject_option("warmup", cfg.warmup, f"{remedy} and, for example, --lr 0.1")
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices = ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count())), "cpu"]
-    cfg.device = devices[0] if cfg.device == "auto" else cfg.device
-    if cfg.device not in devices:
-        reject_option("device", cfg.device, f"This machine has {', '.join(devices)}")
-    check_devices(cfg.device)
+    cfg.device = choose_device(cfg.device)
     return cfg
+
+
+def choose_device(device):
+    """Return the name of a device of this machine. Raises InputError.
+
+    Of several processes, each needs a GPU of its own.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = ["cuda", *(f"cuda:{n}" for n in range(gpus)), "cpu"] if gpus else ["cpu"]
+    device = devices[0] if device == "auto" else device
+    if device not in devices:
+        reject_option("device", device, f"This machine has {', '.join(devices)}")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
+    if processes > 1 and device != "cpu" and (device != "cuda" or processes > gpus):
+        problem = f"cannot serve {processes} processes with {gpus} GPUs"
+        remedy = "Use --device cpu, or fewer processes"
+        raise InputError(f"--device {device}", problem, remedy, "processes")
+    return device
 
 
 def reject_option(name, value, remedy):
@@ -1183,8 +1090,6 @@ def parse(argv):
         parser.error("--multi-scale belongs to --segment or --eval")
     if job.split != "val" and not (job.eval and "voc" in given):
         parser.error("--split belongs to --eval RUN --voc PATH")
-    if job.eval and "out" in given:
-        parser.error("--eval RUN already names the run: do not give --out")
     allowed = {"device", "object_bias"} | ({"out"} if job.segment else {"voc", "size"})
     useless = set(given) - allowed
     if (job.segment or job.eval) and useless:
@@ -1200,20 +1105,22 @@ def run_job(argv):
         if name and Path(name).is_file():
             raise InputError(name, "is a file", "Name the folder of the run", "missing")
     init_distributed()
-    scales = SCALES if job.multi_scale else SCALES[:1]
-    if job.segment:
-        return segment_photos(find_run(given.pop("out", "")), job.segment, given, scales)
-    if job.eval and "voc" in given:
-        return evaluate_split(job.eval, given, job.split, scales)
-    if job.eval:
-        run = load_run(job.eval, {k: v for k, v in given.items() if k in MAY_CHANGE}, lock=False)
-        set_options(run.net, given, scales)
-        return evaluate(run)
+    if job.eval or job.segment:
+        return use_run(job, given)
     kind = next((name for name in ("photos", "voc") if name in given), "toy")
     folder = Path(given.get("out") or f"runs/{kind}")
     if job.resume and not folder.is_dir():
         raise InputError(folder, "does not exist", "Name the run with --out", "missing")
-    run = open_run(folder, given, job.resume, argv)
+    # rank 0 writes the run, the other processes then read it
+    rank = rank_and_world_size()[0]
+    if rank == 0 and not job.resume:
+        options = (TOY if kind == "toy" else {}) | given | {"out": str(folder)}
+        run = new_run(check(Config(**options)), argv)
+    elif rank == 0:
+        run = load_run(folder, given)
+    all_gather(None)
+    if rank:
+        run = load_run(folder, given, lock=False)
     run_all(run)
     names = ("masks", "overlays", "areas.csv", "classes.txt", "panels", "results.json", "model.pt")
     written = ", ".join(name for name in names if (folder / name).exists())
@@ -1221,15 +1128,33 @@ def run_job(argv):
     print_line(f"{minutes:.1f} minutes; {folder} holds {written}")
 
 
-def find_run(out):
-    """Return the run folder: --out, or the only one in runs/ with a model. Raises InputError."""
-    if out:
-        return out
-    runs = sorted(str(path.parent) for path in Path("runs").glob("*/model.pt"))
-    if len(runs) == 1:
-        return runs[0]
-    problem = f"is needed: runs/ holds {' '.join(runs) or 'no run with a model.pt'}"
-    raise InputError("--out RUN", problem, "Name the run whose network is to be used", "missing")
+def use_run(job, given):
+    """Score a trained network, or segment photos with it. Raises InputError."""
+    if job.segment and rank_and_world_size()[1] > 1:
+        problem = "runs in one process only"
+        raise InputError("--segment", problem, "Start it without torchrun", "processes")
+    runs = [job.eval or given.pop("out", None)]
+    if runs == [None]:  # take the only run that has a model
+        runs = [path.parent for path in sorted(Path("runs").glob("*/model.pt"))]
+    if len(runs) != 1:
+        problem = f"is needed: runs/ holds {' '.join(map(str, runs)) or 'no run with a model.pt'}"
+        remedy = "Name the run whose network is to be used"
+        raise InputError("--out RUN", problem, remedy, "missing")
+    folder = Path(runs[0])
+    if job.segment or "voc" in given:
+        net = SGSeg.load(folder, check(Config(**given)).device)
+    else:
+        run = load_run(folder, {k: v for k, v in given.items() if k in MAY_CHANGE}, lock=False)
+        net = run.net
+    net.scales = SCALES if job.multi_scale else SCALES[:1]
+    net.size = given.get("size", net.size)
+    net.object_bias = given.get("object_bias", net.object_bias)
+    if job.segment:
+        segment_photos(net, folder / "segmented", job.segment)
+    elif "voc" in given:
+        evaluate_split(net, folder, given["voc"], job.split)
+    else:
+        evaluate(run)
 
 
 def main(argv=None):
@@ -1238,8 +1163,14 @@ def main(argv=None):
     def command(words):
         try:
             return run_job(words)
-        except (MemoryError, RuntimeError) as e:
-            raise runtime_problem(e) or e
+        except (MemoryError, RuntimeError) as e:  # name those that a user can fix
+            if dist.is_initialized() and re.search("gloo|NCCL|Connection (closed|reset)", str(e)):
+                remedy = "Read its message, then resume"
+                raise InputError("another process", "has ended", remedy, "rank")
+            if isinstance(e, MemoryError) or re.search("(allocate|out of) memory", str(e)):
+                remedy = "Lower --batch, --crop or --size"
+                raise InputError("the run", "does not fit into memory", remedy, "memory")
+            raise
 
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for `set_deterministic`
