@@ -42,14 +42,14 @@ VOC_CLASSES = (
     "person pottedplant sheep sofa train tvmonitor"
 ).split()
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # JPEG includes the MPO files of phones
-ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 UNREADABLE = (".heic", ".heif", ".avif", ".gif", ".jp2", ".dng", ".cr2", ".nef", ".svg", "")
 # in a table of tags: the cells below a class name (1, 0, yes, no and the like, or empty), those
 # that mean no, and words that are no class name (flags, numbers, code)
 FLAG = r"|\d+(\.0*)?|true|false|yes|no|y|n|x"
 NO = r"|0+(\.0*)?|false|no?"
 NOT_A_TAG = rf"{FLAG}|none|null|nan|[\W\d].*|.*[\[\]{{}}()<>=\"].*"
-MOST_PIXELS = 64_000_000  # in a photo
+MAX_PIXELS = 64_000_000  # in a photo
 
 
 # ---- a devkit ------------------------------------------------------------------------------------
@@ -58,9 +58,9 @@ MOST_PIXELS = 64_000_000  # in a photo
 class VOC:
     """One split of a PASCAL VOC devkit. For image i:
 
-    ids[i]; image_paths[i]: JPEGImages/ID.jpg (or another ending); annotations[i]: the XML file that
-    names its tags, or None in val, where it may be missing; mask_paths[i]: the ground truth, for
-    scoring, in SegmentationClassAug or SegmentationClass, or None. `scan` fills tags[i]:
+    ids[i]; image_paths[i]: JPEGImages/ID.jpg (or another extension); annotations[i]: the XML file
+    that names its tags, or None in val, where it may be missing; mask_paths[i]: the ground truth,
+    for scoring, in SegmentationClassAug or SegmentationClass, or None. `scan` fills tags[i]:
     image-level labels (K,) float32 in {0,1}, and sizes[i]: (width, height).
 
     path: the folder that holds ImageSets, or the one above VOC2012 or VOCdevkit/VOC2012.
@@ -99,7 +99,7 @@ class VOC:
         return read_mask(self.mask_paths[i], len(self.class_names), size)
 
     def contradicts(self, i, mask):
-        """Return whether a mask shows no class, or one that photo i is not tagged with."""
+        """Return whether a mask shows a class that photo i is not tagged with, or wrongly none."""
         shown = {int(k) - 1 for k in np.unique(mask) if 0 < k < IGNORE}
         tagged = set(self.tags[i].nonzero()[:, 0].tolist())
         known = self.annotations[i] is not None  # else the photo may show any class
@@ -107,10 +107,11 @@ class VOC:
             return bool(tagged) or not known
         return known and not shown <= tagged
 
-    def scan(self, masks=False, most=10):
+    def scan(self, masks=False, max_shown=10):
         """Read every photo, its tags and, with `masks`, its mask, before training begins.
 
-        Sets tags (n,K) float32 and sizes. Raises one InputError that lists at most `most` problems.
+        Sets tags (n,K) float32 and sizes. Raises one InputError that lists at most `max_shown`
+        problems.
         """
         self.tags = torch.zeros(len(self.ids), len(self.class_names))
         self.sizes = []
@@ -129,7 +130,7 @@ class VOC:
                     contradicting.append(self.ids[i])
             except InputError as problem:
                 problems.append(problem)
-        raise_all(problems, most)
+        raise_all(problems, max_shown)
         if masks:
             self.check_masks(contradicting)
         if self.split == "train":
@@ -144,7 +145,8 @@ class VOC:
         found = len(self.ids) - len(missing)
         if self.split != "train" and missing and found:
             problem = f"lacks {len(missing)} of {len(self.ids)} masks: {' '.join(missing[:10])}"
-            raise InputError(self.root, problem, "Add them, or shorten the list", "masks")
+            remedy = f"Add them, or remove their ids from {self.list_path.name}"
+            raise InputError(self.root, problem, remedy, "masks")
         if 2 * len(contradicting) > found:
             problem = f"has {len(contradicting)} of {found} masks that contradict the tags: "
             problem += " ".join(contradicting[:10])
@@ -166,7 +168,7 @@ class VOC:
 
 
 def devkit_in(path):
-    """Return the folder with ImageSets/Segmentation: path, VOC2012 or VOCdevkit/VOC2012 in it."""
+    """Return the folder with ImageSets: path, or VOC2012 or VOCdevkit/VOC2012 below it, or None."""
     for below in ("", "VOC2012", "VOCdevkit/VOC2012"):
         root = Path(os.path.abspath(Path(path) / below))
         if (root / "ImageSets" / "Segmentation").is_dir():
@@ -203,7 +205,7 @@ class Photos(VOC):
     """Tagged photos without a devkit: DIR/CLASS/photo.jpg, or a table DIR/tags.csv.
 
     The classes are sorted by name, or in the order of DIR/classes.txt. ids are paths below DIR
-    without their ending; annotations[i] is the set of tags. Masks, for scoring only, are
+    without their extension; annotations[i] is the set of tags. Masks, for scoring only, are
     DIR/masks/CLASS/photo.png.
     Raises InputError.
     """
@@ -231,7 +233,7 @@ class Photos(VOC):
         self.ids = [p.relative_to(self.root).with_suffix("").as_posix() for p in self.image_paths]
         repeated = sorted(name for name, n in Counter(self.ids).items() if n > 1)
         if repeated:
-            problem = f"holds two photos that differ only in their ending: {repeated[0]}"
+            problem = f"holds two photos that differ only in their extension: {repeated[0]}"
             raise InputError(path, problem, "Rename one", "names")
         masks = files_by_name(self.root / "masks", (".png",))
         self.mask_paths = [masks.pop(nfc(name), None) for name in self.ids]
@@ -254,7 +256,7 @@ def tags_of_folders(root):
         files = [p for p in folder.glob("[!.]*") if p.is_file()]
         unreadable = any(p.suffix.lower() in UNREADABLE for p in files)
         if unreadable and not photos and folder != root:
-            problem = f"holds no picture that can be read ({count_endings(files)})"
+            problem = f"holds no picture that can be read ({count_extensions(files)})"
             raise InputError(folder, problem, "Convert them to JPEG or PNG", "format")
         for photo in photos:
             key = hashlib.sha256(read(photo)).digest()
@@ -297,8 +299,8 @@ def tags_of_table(path):
     rows = read_rows(path)
     folder = path.parent
     files = {nfc(p.relative_to(folder).as_posix()): p for p in folder.rglob("*") if p.is_file()}
-    files = files_by_name(folder) | files  # a row may leave out the ending
-    # a first row that names neither a photo nor a file with an ending is a header
+    files = files_by_name(folder) | files  # a row may leave out the extension
+    # a first row that names neither a photo nor a file with an extension is a header
     has_header = rows and rows[0][1] not in files and not Path(rows[0][1]).suffix
     header = rows.pop(0)[2] if has_header else []
     flags = all(re.fullmatch(FLAG, cell, re.I) for _, _, cells in rows for cell in cells)
@@ -335,7 +337,8 @@ def read_rows(path):
     separator = re.search("[;\t,]", re.sub('"[^"]*"', "", text))
     delimiter = separator[0] if separator else ","
     lines = re.sub("^sep=.*", "", text, flags=re.I).splitlines()
-    with as_input_error(path, "is not a table", "Write rows of a photo and its tags", "format"):
+    remedy = "Write a row for each photo: its name, then its tags"
+    with as_input_error(path, "is not a table", remedy, "format"):
         rows = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True))
     rows = [(n, [cell.strip() for cell in row]) for n, row in enumerate(rows, 1)]
     rows = [(n, row) for n, row in rows if any(row)]
@@ -360,14 +363,14 @@ def warn_of_unused(root, used):
     used |= {p for p in (root / "masks").rglob("*") if p.suffix.lower() == ".png"}
     others = [p for p in sorted(root.rglob("[!.]*")) if p.is_file() and p not in used]
     if others:
-        endings = count_endings(others)
-        warn(f"files in {root} that are not used: {endings}; the first is {others[0].name}")
+        extensions = count_extensions(others)
+        warn(f"files in {root} that are not used: {extensions}; the first is {others[0].name}")
 
 
-def count_endings(paths):
-    """Return the numbers of file endings as text, for example "3 .heic, 1 without ending"."""
-    counts = Counter(path.suffix.lower() or "without ending" for path in paths)
-    return ", ".join(f"{n} {ending}" for ending, n in counts.most_common())
+def count_extensions(paths):
+    """Return how often each extension occurs, for example "3 .heic, 1 without an extension"."""
+    counts = Counter(path.suffix.lower() or "without an extension" for path in paths)
+    return ", ".join(f"{n} {extension}" for extension, n in counts.most_common())
 
 
 # ---- crops for training --------------------------------------------------------------------------
@@ -394,7 +397,7 @@ class Crops:
     label_paths: list | None = None  # PNG files; None, in the warm-up, makes all labels 255
 
     def __getitem__(self, n):
-        i = n % len(self.photos.ids)  # an epoch may pass over a small set several times
+        i = n % len(self.photos.ids)  # an epoch may go through a small set several times
         image = read_image(self.photos.image_paths[i])
         w, h = image.size
         rng = np.random.default_rng([self.seed, self.epoch, n])
@@ -468,7 +471,7 @@ def decode(source, convert):
     with as_input_error(name, "is not a readable image", remedy, "image"):
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         w, h = image.size
-        if min(w, h) < 16 or w * h > MOST_PIXELS:
+        if min(w, h) < 16 or w * h > MAX_PIXELS:
             remedy = "Resize it: at least 16 pixels per side, at most 64 million in total"
             raise InputError(name, f"has {w} x {h} pixels", remedy, "size")
         return convert(image, name)
@@ -538,7 +541,7 @@ def read_list(path):
     """Return the image ids of a list with one id per line.
 
     Also accepts CRLF, blank lines, the column -1/0/1 of ImageSets/Main (-1 is left out), ids
-    with an ending, and pairs of paths (/JPEGImages/ID.jpg /SegmentationClass/ID.png).
+    with an extension, and pairs of paths (/JPEGImages/ID.jpg /SegmentationClass/ID.png).
     Raises InputError.
     """
     ids = []
@@ -550,24 +553,25 @@ def read_list(path):
             raise InputError(path, f"has the line {line[:60]!r}", "Write one id per line", "list")
         if first and rest != ["-1"]:
             name = parts[-1]
-            ids.append(Path(name).stem if Path(name).suffix.lower() in ENDINGS else name)
+            ids.append(Path(name).stem if Path(name).suffix.lower() in EXTENSIONS else name)
     if not ids:
         raise InputError(path, "lists no image", "Write one id per line", "list")
     return list(dict.fromkeys(ids))
 
 
-def read_classes(root, usual):
-    """Return the class names in ROOT/classes.txt, one per line, or `usual` without that file.
+def read_classes(root, default):
+    """Return the class names in ROOT/classes.txt, one per line, or `default` without that file.
 
     The background is not listed. Raises InputError.
     """
     path = root / "classes.txt"
-    names = usual
+    names = default
     if path.exists():
         names = [nfc(line.strip()) for line in read_text(path).split("\n") if line.strip()]
     if not 0 < len(set(names)) == len(names) < 255:
         problem = f"lists {len(names)} classes ({len(set(names))} distinct names)"
-        raise InputError(path if path.exists() else root, problem, "List 1 to 254", "classes")
+        remedy = "List 1 to 254 distinct names"
+        raise InputError(path if path.exists() else root, problem, remedy, "classes")
     for name in names:
         letters = re.sub("[^a-z]", "", name.lower())
         reserved = letters in ("background", "ignore", "void", "unlabeled", "undecided")
@@ -587,14 +591,14 @@ def photos_of(path):
         return [path]
     if not os.access(path, os.R_OK | os.X_OK):
         raise InputError(path, "cannot be read", "Change its permissions", "permission")
-    pictures = [p for p in sorted(path.glob("[!.]*")) if p.suffix.lower() in ENDINGS]
+    pictures = [p for p in sorted(path.glob("[!.]*")) if p.suffix.lower() in EXTENSIONS]
     stages = {f"{p.stem}_stages.png" for p in pictures}
     return [p for p in pictures if p.name not in stages and not p.is_dir()]
 
 
-def files_by_name(folder, endings=ENDINGS):
-    """Return {path below the folder, without ending: path} of its files, preferring .jpg."""
-    paths = [p for p in folder.rglob("[!.]*") if p.suffix.lower() in endings and not p.is_dir()]
+def files_by_name(folder, extensions=EXTENSIONS):
+    """Return {path below the folder, without an extension: path} of its files, preferring .jpg."""
+    paths = [p for p in folder.rglob("[!.]*") if p.suffix.lower() in extensions and not p.is_dir()]
     paths.sort(key=lambda p: (p.suffix == ".jpg", p))
     return {nfc(p.relative_to(folder).with_suffix("").as_posix()): p for p in paths}
 
@@ -672,17 +676,17 @@ def palette_image(label):
 def remove_specks(label):
     """Return a label (H,W) uint8 in which every pixel has the most frequent index in its window.
 
-    The window is 9 pixels wide if the long side has 500 pixels or more, and narrower for smaller
-    photos. Counting with running sums is much faster on large photos than Pillow's ModeFilter.
+    The window is 2 round(long side / 125) + 1 pixels wide, but at most 9. Counting with running
+    sums is much faster on large photos than Pillow's ModeFilter.
     Source: our choice (docs/CHOICES.md).
     """
     radius = min(4, round(max(label.shape) / 125))
     cleaned = np.zeros_like(label)
-    most = torch.zeros(label.shape)
+    highest = torch.zeros(label.shape)
     for k in np.unique(label):
         share = box_mean(torch.from_numpy(label == k).float()[None, None], radius)[0, 0]  # (H,W)
-        cleaned[(share > most).numpy()] = k
-        most = torch.maximum(most, share)
+        cleaned[(share > highest).numpy()] = k
+        highest = torch.maximum(highest, share)
     return cleaned
 
 
@@ -840,15 +844,15 @@ def as_input_error(path, problem, remedy, kind):
         raise InputError(path, problem, remedy, kind) from None
 
 
-def raise_all(problems, most=None):
-    """Raise the InputErrors of a list as one that shows at most `most` of them, one per line."""
+def raise_all(problems, max_shown=None):
+    """Raise a list of InputErrors as one that shows at most `max_shown` of them, one per line."""
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        shorter = most is not None and len(problems) > most
+        shorter = max_shown is not None and len(problems) > max_shown
         remedy = "Run python data.py PATH to list them all" if shorter else "Each has a line below"
         error = InputError(f"{len(problems)} files", "have problems", remedy, "several")
-        error.args = ("\n".join([error.args[0], *(str(p) for p in problems[:most])]),)
+        error.args = ("\n".join([error.args[0], *(str(p) for p in problems[:max_shown])]),)
         raise error
 
 
@@ -903,7 +907,8 @@ def check_finite(state, source):
 def write(path, content, source=None):
     """Write text, bytes, a picture (as PNG) or a dict (for `load`) atomically.
 
-    The content goes to a temporary file, which is then renamed. All files are written here.
+    The content goes to a temporary file, which is then renamed. Only the
+    toy set and locks are written elsewhere.
     source: the photo that a picture was made from. It is noted in the PNG, and a file that does not
     note the same source is never replaced.
     Raises InputError.
@@ -1028,18 +1033,19 @@ def report(path):
     what = "a VOC devkit (--voc)" if is_devkit else "photos in folders or tags.csv (--photos)"
     print_line(f"{sets[0].root}: {what}")
     problems = []
-    for one in filter(None, sets):
+    for photos in filter(None, sets):
         try:
-            one.scan(masks=True, most=len(one.ids))
+            photos.scan(masks=True, max_shown=len(photos.ids))
         except InputError as problem:
             problems.append(problem)
-        masks = sum(mask is not None for mask in one.mask_paths)
-        sides = np.array(one.sizes or [(0, 0)])
+        masks = sum(mask is not None for mask in photos.mask_paths)
+        sides = np.array(photos.sizes or [(0, 0)])
         sizes = f"sides of {sides.min()} to {sides.max()} pixels"
-        print_line(f"{one.split}: {len(one.ids)} photos, {sizes}, {masks} masks (for scoring only)")
-        for name, n in zip(one.class_names, one.tags.sum(0).int().tolist()):
+        print_line(f"{photos.split}: {len(photos.ids)} photos, {sizes}")
+        print_line(f"  masks, for scoring only: {masks}")
+        for name, n in zip(photos.class_names, photos.tags.sum(0).int().tolist()):
             print_line(f"  {name}: {n}")
-        print_line(f"  without a tag: {int((one.tags.sum(1) == 0).sum())}")
+        print_line(f"  without a tag: {int((photos.tags.sum(1) == 0).sum())}")
     raise_all(problems)
 
 

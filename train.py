@@ -1,6 +1,6 @@
 """Train a segmentation network, and make dense pseudo labels, from image tags.
 
-    python train.py                                     train on the built-in toy set, a minute
+    python train.py                                     train on the built-in toy set (a minute)
     python train.py --voc PATH                          train on a VOC devkit
     python train.py --photos DIR                        train on photos in class folders, DIR/cat
     python train.py --out RUN --resume                  continue an interrupted run
@@ -70,7 +70,9 @@ class Config:
     warmup: int = option(0, "epochs on L_cls alone; needed without ImageNet weights", "tuned", 0)
     rounds: int = option(3, "rounds of refine and update before the last refine", "tuned", 0, 1000)
     epochs: int = option(4, "epochs per update", "our choice", 1, 10_000)
-    min_steps: int = option(5, "fewest steps of an epoch; small sets repeat", "tuned", 1, 10_000)
+    min_steps: int = option(
+        5, "minimum number of steps per epoch; small sets are repeated", "tuned", 1, 10_000
+    )
     batch: int = option(16, "images per step", "our choice", 1, 10_000)
     lr: float = option(
         0.003, "learning rate; the heads' is 10 times this with ImageNet weights", "tuned", 1e-9, 10
@@ -79,7 +81,11 @@ class Config:
     crop: int = option(257, "side of a training crop, 16n+1", "our choice", 17, 4097)
     size: int = option(500, "long side of photos when refining and segmenting", "VOC's", 17, 8192)
     scale: tuple = option(
-        (0.5, 1.0), "range of random multiples of --size in training", "our choice", 0.01, 100
+        (0.5, 1.0),
+        "in training, the long side is --size times a random number in this range",
+        "our choice",
+        0.01,
+        100,
     )
     # method
     affinity: bool = option(True, "use stage 2, affinity guidance")
@@ -91,10 +97,14 @@ class Config:
     eps: float = option(refine.EPS, "eps of the guided filter", "tuned", 1e-9, 1e6)
     lo: float = option(refine.LO, "pixels are background if all maps are below it", "tuned", 0, 1)
     hi: float = option(
-        refine.HI, "a class where its map reaches it; last refine: (lo + hi) / 2", "tuned", 0, 1
+        refine.HI,
+        "a class needs a map of at least this; the last refine uses (lo + hi) / 2",
+        "tuned",
+        0,
+        1,
     )
     object_bias: float = option(
-        0.75, "added to objects' logits when segmenting", "tuned", -100, 100
+        0.75, "added to all logits but the background's when segmenting", "tuned", -100, 100
     )
     supervised: bool = option(False, "train on the true masks, to measure the upper bound")
     # machine
@@ -162,10 +172,11 @@ def epochs_before(cfg, r):
 def fit_cam(run):
     """Solve for the CAM head on ImageNet features: two ridge regressions of targets t on x.
 
-    The first has one sample per photo: x = mean_ij F_high, t = y. The second averages features
-    under the maps M of the first (divided by their maximum, because their scale is that of photos):
+    The first has one sample per photo: x = mean_i F_high, t = y. The second averages features
+    under the maps M of the first (divided by their maximum, because the first fit scales the scores
+    of whole photos, not those of single cells):
 
-        x_k = sum_ij M_k F_high / sum_ij M_k,   t = one-hot k     for every tag k of a photo, and
+        x_k = sum_i M_ki F_high,i / sum_i M_ki,   t = one-hot k     for every tag k of a photo, and
         x_0 = the same with M_0 = 1 - min(1, sum_k M_k),   t = 0  for its background
 
     so that sky, which surrounds birds as well, is pulled to 0 instead of to aeroplane. The backbone
@@ -202,8 +213,8 @@ def fit_cam(run):
 
 def print_minutes_left(run, seconds):
     """Print an estimate of the minutes left. seconds: the time of one `fit_cam` pass per photo."""
-    # Refining a photo takes 2.4 times as long, training on a crop 1.3 times (lite0 on a CPU); the
-    # scores of val and of the training photos take as long as two more refines.
+    # Refining a photo takes 2.4 times as long, training on a crop 1.3 times (lite0 on a CPU);
+    # scoring the val and training photos takes as long as two more refines.
     photos = 2.4 * (run.cfg.rounds + 3) * len(run.train_set.ids)
     crops = 1.3 * run.cfg.batch * steps_left(run)
     print_line(f"time left: about {(photos + crops) * seconds / 60:.0f} min")
@@ -256,8 +267,8 @@ def label_image(net, image, tags, cfg, r):
     unit = 1.0 if cfg.weights != "none" and not cfg.warmup else None
     localize = refine.head_maps if reads_head else partial(refine.localization_maps, unit=unit)
     guide = partial(refine.affinity_guided, strength=strength)
-    transfer = partial(refine.self_guided, radius=cfg.radius, eps=cfg.eps)
-    stages = (localize, guide if cfg.affinity else None, transfer if cfg.self_guided else None)
+    sharpen = partial(refine.self_guided, radius=cfg.radius, eps=cfg.eps)
+    stages = (localize, guide if cfg.affinity else None, sharpen if cfg.self_guided else None)
     return refine.four_stages(Z if reads_head else S, mid, I, tagged, stages, lo, hi)
 
 
@@ -272,7 +283,7 @@ def refine_labels(run, r):
         return
     run.net.eval()
     counts = 0
-    for i in progress(f"round {r} refine", shard(len(run.train_set.ids))):
+    for i in progress(f"refine {r}", shard(len(run.train_set.ids))):
         path = run.label_path(i, r)
         if not path.exists():
             write(path, data.palette_image(make_label(run, i, r)))
@@ -355,7 +366,7 @@ def update(run, r):
         net = DistributedDataParallel(net, find_unused_parameters=True)  # averages gradients
     for epoch in range(max(first, run.epoch), end):
         run.net.train()
-        run.net.backbone.train(cfg.weights == "none")  # ImageNet's BatchNorm statistics stay
+        run.net.backbone.train(cfg.weights == "none")  # keep ImageNet's BatchNorm statistics
         parts = batch_indices(run, epoch)
         start = time.monotonic()
         sums = torch.zeros(2)
@@ -387,7 +398,7 @@ def update_step(run, net, batch, decay):
     """
     x, y, labels, index = batch
     for group in run.optimizer.param_groups:
-        group["lr"] = run.cfg.lr * group["scale"] * decay
+        group["lr"] = run.cfg.lr * group["lr_factor"] * decay
     x = x.to(run.cfg.device, memory_format=torch.channels_last)
     L_cls, L_seg = losses(net, x, y.to(x.device), labels.to(x.device))
     L = torch.stack([L_cls, L_seg]).detach().cpu()
@@ -411,8 +422,8 @@ def steps_left(run):
 def batch_indices(run, epoch):
     """Return the sample indices of each of this process's batches in an epoch.
 
-    The order depends on seed and epoch only. A small set is passed over several times, each time in
-    a new order. Raises InputError if a batch cannot be divided among the processes.
+    The order depends on seed and epoch only. A small set is repeated several times, each time in a
+    new order. Raises InputError if a batch cannot be divided among the processes.
     """
     n = len(run.train_set.ids)
     batch = min(run.cfg.batch, n)
@@ -458,7 +469,7 @@ def set_deterministic(wanted):
     """Turn CUDA's deterministic algorithms on or off, so that runs can be repeated bit for bit."""
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(wanted, warn_only=True)
-        warnings.filterwarnings("ignore", "nll_loss2d_forward")  # affects the printed loss alone
+        warnings.filterwarnings("ignore", "nll_loss2d_forward")  # only the printed loss varies
 
 
 # ---- scores and pictures -------------------------------------------------------------------------
@@ -543,7 +554,7 @@ def write_masks(run):
 
 
 def validate(net, photos):
-    """Return the summary of the segmentation head on a split with masks, or None without masks."""
+    """Return the scores (`data.summary`) of the segmentation head, or None if masks are missing."""
     if photos is None or not all(photos.mask_paths):
         return None
     C = 0
@@ -556,7 +567,7 @@ def validate(net, photos):
 
 
 def score_stages(run):
-    """Return summaries over the training photos that have masks and were not corrected.
+    """Return the scores of all stages on the training photos with masks that were not corrected.
 
     "train cam", "train affinity", "train self_guided": the maps of refine 1, made by the
     network after the warm-up, thresholded at (lo + hi) / 2. "labels roundR" and "last labels": the
@@ -874,8 +885,8 @@ def build_optimizer(cfg, net):
     """Return SGD: the heads learn 10 times as fast as a pretrained backbone."""
     backbone = [p for p in net.backbone.parameters() if p.requires_grad]
     heads = [*net.cam.parameters(), *net.seg.parameters()]
-    groups = [{"params": backbone, "scale": 1}]
-    groups.append({"params": heads, "scale": 10 if cfg.weights != "none" else 1})
+    groups = [{"params": backbone, "lr_factor": 1}]
+    groups.append({"params": heads, "lr_factor": 10 if cfg.weights != "none" else 1})
     return torch.optim.SGD(groups, cfg.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
 
@@ -895,7 +906,7 @@ def read_corrected(folder, photos):
         for k in np.unique(data.read_mask(path, len(photos.class_names), photos.sizes[i])):
             if 0 < k < IGNORE and not photos.tags[i, k - 1]:
                 problem = f"shows {photos.class_names[k - 1]}, which its photo is not tagged with"
-                remedy = "Add the tag, or remove it from the mask"
+                remedy = "Add the tag, or remove the class from the mask"
                 raise InputError(path, problem, remedy, "corrected")
         corrected[i] = path
     if not corrected:
@@ -929,14 +940,14 @@ def load_run(folder, given=None, lock=True):
     path = Path(folder) / "checkpoint.pt"
     state = data.load(path)
     with as_input_error(path, "is not a checkpoint of this version", "Start a new --out", "model"):
-        own = {f.name: state["config"][f.name] for f in fields(Config)}
+        saved_options = {f.name: state["config"][f.name] for f in fields(Config)}
         # results are the same bit for bit only on the same kind of device
-        device = {"device": "cpu" if own["device"] == "cpu" else "auto"}
-        cfg = check(Config(**own | device | given | {"out": str(folder)}))
+        device = {"device": "cpu" if saved_options["device"] == "cpu" else "auto"}
+        cfg = check(Config(**saved_options | device | given | {"out": str(folder)}))
         saved = {what: state["data"][what] for what in ("classes", "ids", "tags", "corrected")}
         for name in given:
-            if name not in MAY_CHANGE and getattr(cfg, name) != own[name]:
-                typed = f"--{name.replace('_', '-')} {own[name]}"
+            if name not in MAY_CHANGE and getattr(cfg, name) != saved_options[name]:
+                typed = f"--{name.replace('_', '-')} {saved_options[name]}"
                 problem = f"was started with {typed}, not {given[name]}"
                 remedy = "Leave the option out, or start a new --out"
                 raise InputError(folder, problem, remedy, "option")
@@ -963,7 +974,7 @@ def lock_folder(folder):
     """
     path = folder / "lock"
     if path.is_symlink() or path.exists() and (not path.is_file() or path.stat().st_size):
-        raise InputError(path, "is not our lock file", "Choose another --out", "exists")
+        raise InputError(path, "is not a lock file of sgseg", "Choose another --out", "exists")
     folder.mkdir(parents=True, exist_ok=True)
     file = open(path, "ab")
     try:
@@ -1030,7 +1041,7 @@ def choose_device(device):
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
     if processes > 1 and device != "cpu" and (device != "cuda" or processes > gpus):
         problem = f"cannot serve {processes} processes with {gpus} GPUs"
-        remedy = "Use --device cpu, or fewer processes"
+        remedy = "Use --device cuda with at most one process per GPU, or --device cpu"
         raise InputError(f"--device {device}", problem, remedy, "processes")
     return device
 
@@ -1055,7 +1066,9 @@ def make_parser():
     jobs.add_argument("--resume", action="store_true", help="continue the run in --out")
     jobs.add_argument("--eval", metavar="RUN", help="score a run; with --voc, on that devkit")
     jobs.add_argument("--segment", metavar="PHOTO", nargs="+", help="segment with the run in --out")
-    parser.add_argument("--split", default="val", help="with --eval and --voc: its split [val]")
+    parser.add_argument(
+        "--split", default="val", help="with --eval and --voc: the devkit's split to score [val]"
+    )
     help = "with --segment or --eval: average over scales 0.5 to 1.5"
     parser.add_argument("--multi-scale", action="store_true", help=help)
     for f in fields(Config):
@@ -1087,9 +1100,9 @@ def parse(argv):
     if "voc" in given and "photos" in given:
         parser.error("--voc and --photos cannot be combined: choose one")
     if job.multi_scale and not (job.segment or job.eval):
-        parser.error("--multi-scale belongs to --segment or --eval")
+        parser.error("--multi-scale can only be used with --segment or --eval")
     if job.split != "val" and not (job.eval and "voc" in given):
-        parser.error("--split belongs to --eval RUN --voc PATH")
+        parser.error("--split can only be used with --eval RUN --voc PATH")
     allowed = {"device", "object_bias"} | ({"out"} if job.segment else {"voc", "size"})
     useless = set(given) - allowed
     if (job.segment or job.eval) and useless:
@@ -1158,11 +1171,11 @@ def use_run(job, given):
 
 
 def main(argv=None):
-    """Run the command line; return 0, 2 after bad input, 130 after Ctrl-C."""
+    """Run the command line; return 0 on success, 2 after bad input, 130 after Ctrl-C."""
 
-    def command(words):
+    def command(arguments):
         try:
-            return run_job(words)
+            return run_job(arguments)
         except (MemoryError, RuntimeError) as e:  # name those that a user can fix
             if dist.is_initialized() and re.search("gloo|NCCL|Connection (closed|reset)", str(e)):
                 remedy = "Read its message, then resume"
