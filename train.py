@@ -954,7 +954,8 @@ def load_run(folder, given=None, lock=True):
     run = Run(cfg, initialize=False, lock=lock)
     for what, value in run.identity.items():
         if value != saved[what]:
-            problem = f"has changed since {folder} was started: its {what} differ"
+            name = "corrected masks" if what == "corrected" else what
+            problem = f"has changed since {folder} was started: its {name} differ"
             remedy = "Restore them, or start a new --out"
             raise InputError(run.train_set.root, problem, remedy, what)
     with as_input_error(path, "is not a checkpoint of this version", "Start a new --out", "model"):
