@@ -1003,14 +1003,14 @@ def progress(name, items, note=None, total=None):
             print_line(line, end="" if terminal and n < total else "\n")
 
 
-def run_command(name, command, argv):
-    """Run command(argv) and return an exit status: its own, or 0 if it returns None.
+def run_command(name, command, *arguments):
+    """Run command(*arguments) and return an exit status: its own, or 0 if it returns None.
 
     Bad input prints a message on standard error and gives status 2; Ctrl-C gives status 130.
     """
     warnings.filterwarnings("ignore", module="PIL")  # our own messages name the file
     try:
-        return command(sys.argv[1:] if argv is None else argv) or 0
+        return command(*arguments) or 0
     except KeyboardInterrupt:
         print_line(f"{name}: stopped.", stream=sys.stderr)
         return 130
@@ -1054,7 +1054,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser("data.py", description="Print what the loader finds.")
     parser.add_argument("path", metavar="PATH", help="a VOC devkit or a folder of tagged photos")
     path = parser.parse_args(argv).path
-    return run_command("data.py", lambda _: report(path), [])
+    return run_command("data.py", report, path)
 
 
 if __name__ == "__main__":

@@ -574,7 +574,7 @@ def main(argv=None):
     choices = f"{', '.join(VOC_TO_IMAGENET)}, or an ImageNet index from 0 to 999"
     parser.add_argument("--tag", help=f"the class to show: {choices} [the classifier's choice]")
     for name, (default, kind, *_) in STAGE_OPTIONS.items():
-        help = f"one value, or several to draw a row for each [{default}]"
+        help = f"one value or several: each combination of values gets a row [{default}]"
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+", help=help)
     given = parser.parse_args(argv)
     if given.tag and given.tag not in [*VOC_TO_IMAGENET, *map(str, range(1000))]:
@@ -583,18 +583,18 @@ def main(argv=None):
 
     def show(photo):
         path = photo.with_name(f"{photo.stem}_stages.png")
-        rows, what = stage_rows(read_image(photo), given.tag, settings)
+        rows, shown_class = stage_rows(read_image(photo), given.tag, settings)
         data.write(path, data.sheet(rows, 240), source=photo.name)
-        data.print_line(data.printable(f"{photo} -> {path}: {what}"))
+        data.print_line(data.printable(f"{photo} -> {path}: {shown_class}"))
 
     def show_all(path):
         photos = data.photos_of(path)
         if not photos:
             remedy = "Name the folder that holds the photos themselves"
             raise InputError(path, "holds no photo", remedy, "empty")
-        return max(data.run_command("sgseg", lambda _: show(photo), []) for photo in photos)
+        return max(data.run_command("sgseg", show, photo) for photo in photos)
 
-    return max(data.run_command("sgseg", lambda _: show_all(path), []) for path in given.photos)
+    return max(data.run_command("sgseg", show_all, path) for path in given.photos)
 
 
 if __name__ == "__main__":

@@ -1188,7 +1188,7 @@ def main(argv=None):
 
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for `set_deterministic`
-    status = data.run_command("sgseg", command, argv)
+    status = data.run_command("sgseg", command, sys.argv[1:] if argv is None else argv)
     if status == 130:
         hint = "Continue a training run with --out RUN --resume; at most one epoch is repeated."
         print_line(hint, stream=sys.stderr)
