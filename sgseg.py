@@ -466,15 +466,21 @@ VOC_TO_IMAGENET = {
     "train": [466, 547, 705, 820, 829],
     "tvmonitor": [527, 664, 782, 851],
 }
-STAGE_OPTIONS = {  # options of `python sgseg.py`: default, type, lowest and highest value
-    "strength": (refine.STRENGTH, float, 0, 1e6),
-    "walk_steps": (refine.WALK_STEPS, int, 0, 10_000),
-    "temperature": (refine.TEMPERATURE, float, 0.03, 1e6),
-    "floor": (refine.FLOOR, float, 1e-3, 1e3),
-    "radius": (refine.RADIUS, int, 0, 10_000),
-    "eps": (refine.EPS, float, 1e-9, 1e6),
-    "lo": (refine.LO, float, 0, 1),
-    "hi": (refine.HI, float, 0, 1),
+STAGE_OPTIONS = {  # options of `python sgseg.py`: default, type, lowest and highest value, meaning
+    "strength": (refine.STRENGTH, float, 0, 1e6, "lambda of stage 2"),
+    "walk_steps": (refine.WALK_STEPS, int, 0, 10_000, "iterations of stage 2"),
+    "temperature": (refine.TEMPERATURE, float, 0.03, 1e6, "temperature of the affinity"),
+    "floor": (
+        refine.FLOOR,
+        float,
+        1e-3,
+        1e3,
+        "the stretch multiplies a map by at most 1 / floor",
+    ),
+    "radius": (refine.RADIUS, int, 0, 10_000, "radius of the windows of stage 3, in cells"),
+    "eps": (refine.EPS, float, 1e-9, 1e6, "regularisation of stage 3"),
+    "lo": (refine.LO, float, 0, 1, "a pixel is background if its map is below it"),
+    "hi": (refine.HI, float, 0, 1, "a pixel gets the class if its map is at least this"),
 }
 
 
@@ -557,7 +563,7 @@ def parse_numbers(parser, given):
     """Return the `settings` of `stage_rows`: a row for every combination of the given values."""
     chosen = {name: getattr(given, name) for name in STAGE_OPTIONS if getattr(given, name)}
     for name, values in chosen.items():
-        _, _, low, high = STAGE_OPTIONS[name]
+        _, _, low, high, _ = STAGE_OPTIONS[name]
         if not all(low <= v <= high for v in values):
             parser.error(f"--{name.replace('_', '-')} must lie between {low} and {high}")
     settings = [dict(zip(chosen, values)) for values in itertools.product(*chosen.values())]
@@ -568,14 +574,17 @@ def parse_numbers(parser, given):
 
 def main(argv=None):
     """Run `python sgseg.py`; return the exit status, 2 if a photo could not be read."""
-    about = "Write PHOTO_stages.png: the four stages, with the ImageNet classifier."
+    about = (
+        "Write PHOTO_stages.png: the four stages, with the ImageNet classifier. Numbers may have "
+    )
+    about += "several values: every combination of values gets a row of pictures."
     parser = argparse.ArgumentParser("sgseg.py", description=about)
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="photos, or folders of photos")
     choices = f"{', '.join(VOC_TO_IMAGENET)}, or an ImageNet index from 0 to 999"
     parser.add_argument("--tag", help=f"the class to show: {choices} [the classifier's choice]")
-    for name, (default, kind, *_) in STAGE_OPTIONS.items():
-        help = f"one value or several: each combination of values gets a row [{default}]"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+", help=help)
+    for name, (default, kind, _, _, meaning) in STAGE_OPTIONS.items():
+        form = {"type": kind, "nargs": "+", "metavar": "X", "help": f"{meaning} [{default}]"}
+        parser.add_argument(f"--{name.replace('_', '-')}", **form)
     given = parser.parse_args(argv)
     if given.tag and given.tag not in [*VOC_TO_IMAGENET, *map(str, range(1000))]:
         parser.error(f"--tag {given.tag} is unknown. Give one of {choices}")

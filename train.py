@@ -67,7 +67,9 @@ class Config:
     backbone: str = option("lite0", "lite0, vgg16, tiny or your own")
     weights: str = option("auto", "ImageNet weights: auto (the backbone's own), none, or a file")
     # schedule
-    warmup: int = option(0, "epochs on L_cls alone; needed without ImageNet weights", "tuned", 0)
+    warmup: int = option(
+        0, "epochs on image tags alone; needed without ImageNet weights", "tuned", 0
+    )
     rounds: int = option(3, "rounds of refine and update before the last refine", "tuned", 0, 1000)
     epochs: int = option(4, "epochs per update", "our choice", 1, 10_000)
     min_steps: int = option(
