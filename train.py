@@ -775,38 +775,31 @@ def all_sum(x):
 # ---- a run: data, network, optimizer and position ------------------------------------------------
 
 
+@dataclass
 class Run:
     """A run: its data and network, and how far it has got (`epoch`: finished epochs in all).
 
-    initialize: load the ImageNet weights (a resumed run has its own).
     annotate: the function that labels a photo. Your own takes the arguments of `label_image` and
     returns a tuple: three maps or none, then the label (1,H,W) uint8. Maps appear in the panels.
-    Raises InputError.
     """
 
-    def __init__(self, cfg, argv=(), initialize=True, lock=True):
-        self.cfg = cfg
-        self.folder = Path(cfg.out)
-        self.lock = lock_folder(self.folder) if lock else None  # an open file
-        self.annotate = label_image
-        self.train_set, self.val_set = open_data(cfg)  # val_set: None without a val list
-        self.net = build_network(cfg, self.train_set.class_names, initialize)
-        self.optimizer = build_optimizer(cfg, self.net)
-        scan_data(cfg, self.train_set, self.val_set)
-        # index of a photo -> its corrected mask
-        self.corrected = read_corrected(cfg.corrected, self.train_set) if cfg.corrected else {}
-        # properties of the data that must not change when the run is resumed
-        photos = self.train_set
-        hashes = {i: hashlib.sha256(data.read(path)) for i, path in self.corrected.items()}
-        masks = [f"{photos.ids[i]} {sha.hexdigest()}" for i, sha in hashes.items()]
-        self.identity = {"classes": photos.class_names, "ids": photos.ids}
-        self.identity |= {"tags": photos.tags.tolist(), "corrected": masks}
-        # the content of config.json
-        self.about = {"config": asdict(cfg), "command": list(argv)}
-        self.about |= {"threads": torch.get_num_threads(), "python": sys.version}
-        self.about |= {"torch": str(torch.__version__), "numpy": np.__version__}
-        self.epoch = 0
-        self.metrics = []  # rows of metrics.jsonl
+    cfg: Config
+    train_set: data.VOC
+    val_set: data.VOC | None  # None without a val list
+    net: SGSeg
+    optimizer: torch.optim.Optimizer
+    corrected: dict  # index of a photo -> its corrected mask
+    identity: dict  # properties of the data that must not change when the run is resumed
+    about: dict  # config.json: options, command line, versions
+    lock: object = None  # an open file; the lock lasts as long as it is open
+    annotate: object = label_image
+    epoch: int = 0
+    metrics: list = field(default_factory=list)  # rows of metrics.jsonl
+
+    @property
+    def folder(self):
+        """The run folder."""
+        return Path(self.cfg.out)
 
     def save(self):
         """Write checkpoint.pt, config.json and metrics.jsonl (rank 0 only). Raises InputError."""
@@ -843,6 +836,26 @@ def format_value(value):
     if isinstance(value, dict):
         return ", ".join(f"{name} {share:.1%}" for name, share in value.items() if share)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def build(cfg, argv=(), initialize=True, lock=True):
+    """Return a run with its data, network and optimizer, before any training. Raises InputError.
+
+    initialize: load the ImageNet weights (a resumed run has its own). lock: lock the run folder.
+    """
+    held = lock_folder(Path(cfg.out)) if lock else None
+    photos, val_set = open_data(cfg)
+    net = build_network(cfg, photos.class_names, initialize)
+    optimizer = build_optimizer(cfg, net)
+    scan_data(cfg, photos, val_set)
+    corrected = read_corrected(cfg.corrected, photos) if cfg.corrected else {}
+    hashes = {i: hashlib.sha256(data.read(path)) for i, path in corrected.items()}
+    masks = [f"{photos.ids[i]} {sha.hexdigest()}" for i, sha in hashes.items()]
+    identity = {"classes": photos.class_names, "ids": photos.ids, "tags": photos.tags.tolist()}
+    identity |= {"corrected": masks}
+    about = {"config": asdict(cfg), "command": list(argv), "threads": torch.get_num_threads()}
+    about |= {"python": sys.version, "torch": str(torch.__version__), "numpy": np.__version__}
+    return Run(cfg, photos, val_set, net, optimizer, corrected, identity, about, held)
 
 
 def open_data(cfg):
@@ -925,7 +938,7 @@ def new_run(cfg, argv=()):
     if found:
         problem = f"is not empty: it holds {found[0]}"
         raise InputError(folder, problem, "Use --resume, or another --out", "exists")
-    run = Run(cfg, argv)
+    run = build(cfg, argv)
     size = f"photos: {len(run.train_set.ids)}, classes: {len(run.train_set.class_names)}"
     print_line(f"{size}, rounds: {cfg.rounds}, steps: {steps_left(run)}, device: {cfg.device}")
     run.save()
@@ -953,7 +966,7 @@ def load_run(folder, given=None, lock=True):
                 problem = f"was started with {typed}, not {given[name]}"
                 remedy = "Leave the option out, or start a new --out"
                 raise InputError(folder, problem, remedy, "option")
-    run = Run(cfg, initialize=False, lock=lock)
+    run = build(cfg, initialize=False, lock=lock)
     for what, value in run.identity.items():
         if value != saved[what]:
             name = "corrected masks" if what == "corrected" else what
