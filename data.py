@@ -131,22 +131,22 @@ class VOC:
             except InputError as problem:
                 problems.append(problem)
         raise_all(problems, max_shown)
-        if masks:
-            self.check_masks(contradicting)
+        if masks and self.split != "train" and any(self.mask_paths):
+            self.require_masks()
+        self.check_masks(contradicting)
         if self.split == "train":
             self._check_tags()
 
-    def check_masks(self, contradicting):
-        """Raise InputError if some val masks are missing, or if most masks contradict the tags.
-
-        contradicting: ids of the photos whose mask `contradicts` their tags.
-        """
+    def require_masks(self):
+        """Raise InputError if some photos have no mask."""
         missing = [name for name, path in zip(self.ids, self.mask_paths) if path is None]
-        found = len(self.ids) - len(missing)
-        if self.split != "train" and missing and found:
+        if missing:
             problem = f"lacks {len(missing)} of {len(self.ids)} masks: {' '.join(missing[:10])}"
-            remedy = f"Add them, or remove their ids from {self.list_path.name}"
-            raise InputError(self.root, problem, remedy, "masks")
+            raise InputError(self.root, problem, "Add them, or leave these photos out", "masks")
+
+    def check_masks(self, contradicting):
+        """Raise InputError if most masks contradict the tags (`contradicting`: ids of photos)."""
+        found = sum(path is not None for path in self.mask_paths)
         if 2 * len(contradicting) > found:
             problem = f"has {len(contradicting)} of {found} masks that contradict the tags: "
             problem += " ".join(contradicting[:10])

@@ -660,9 +660,7 @@ def evaluate_split(net, folder, root, split):
     if photos.class_names != net.label_names[1:]:
         problem = "has different classes from the network"
         raise InputError(photos.root, problem, "Give a devkit of the same classes", "classes")
-    if not all(photos.mask_paths):
-        problem = f"lacks masks for {split}"
-        raise InputError(photos.root, problem, "Add them to SegmentationClass", "masks")
+    photos.require_masks()
     photos.scan(masks=True)
     name = f"results_{Path(root).name}_{split}_{settings_name(net)}.json"
     write_scores(folder / name, {split: validate(net, photos)}, net.label_names)
@@ -873,10 +871,9 @@ def open_data(cfg):
 
 def scan_data(cfg, train_set, val_set):
     """Read all photos, tags and the masks of val once, so that errors show before training."""
+    if cfg.supervised:
+        train_set.require_masks()
     train_set.scan(masks=cfg.supervised)
-    if cfg.supervised and not all(train_set.mask_paths):
-        problem = "lacks masks of training photos, which --supervised needs"
-        raise InputError(train_set.root, problem, "Add them", "masks")
     if val_set:
         val_set.scan(masks=True)
 
