@@ -44,11 +44,10 @@ VOC_CLASSES = (
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # JPEG includes the MPO files of phones
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 UNREADABLE = (".heic", ".heif", ".avif", ".gif", ".jp2", ".dng", ".cr2", ".nef", ".svg", "")
-# in a table of tags: the cells below a class name (1, 0, yes, no and the like, or empty), those
-# that mean no, and words that are no class name (flags, numbers, code)
-FLAG = r"|\d+(\.0*)?|true|false|yes|no|y|n|x"
-NO = r"|0+(\.0*)?|false|no?"
-NOT_A_TAG = rf"{FLAG}|none|null|nan|[\W\d].*|.*[\[\]{{}}()<>=\"].*"
+# in a table of tags:
+FLAG = r"|\d+(\.0*)?|true|false|yes|no|y|n|x"  # a cell below a class name; it may be empty
+NO = r"|0+(\.0*)?|false|no?"  # a flag that means no
+NOT_A_TAG = rf"{FLAG}|none|null|nan|[\W\d].*|.*[\[\]{{}}()<>=\"].*"  # a flag, a number, code
 MAX_PIXELS = 64_000_000  # in a photo
 
 
@@ -99,7 +98,7 @@ class VOC:
         return read_mask(self.mask_paths[i], len(self.class_names), size)
 
     def contradicts(self, i, mask):
-        """Return whether a mask shows a class that photo i is not tagged with, or wrongly none."""
+        """Return whether a mask contradicts the tags: an untagged class in it, or wrongly none."""
         shown = {int(k) - 1 for k in np.unique(mask) if 0 < k < IGNORE}
         tagged = set(self.tags[i].nonzero()[:, 0].tolist())
         known = self.annotations[i] is not None  # else the photo may show any class
@@ -907,8 +906,8 @@ def check_finite(state, source):
 def write(path, content, source=None):
     """Write text, bytes, a picture (as PNG) or a dict (for `load`) atomically.
 
-    The content goes to a temporary file, which is then renamed. Only the
-    toy set and locks are written elsewhere.
+    The content goes to a temporary file, which is then renamed. Everything but the toy set and
+    the lock is written by this function.
     source: the photo that a picture was made from. It is noted in the PNG, and a file that does not
     note the same source is never replaced.
     Raises InputError.
