@@ -91,7 +91,7 @@ def affinity(features, dilations=DILATIONS, temperature=TEMPERATURE):
     """Return A_ij = exp((cos(f_i, f_j) - 1) / temperature) for every cell i and its neighbours j.
 
     f is the feature map minus its mean over the image. The mean is what all cells have in common:
-    without subtracting it, the mean cosine of two random cells is about 0.35, not 0 (lite0). The
+    without subtracting it, the mean cosine of two random cells is about 0.4, not 0 (lite0). The
     neighbours of i are 8 cells at each of the distances `dilations`, N = 8 len(dilations) in all.
     The graph is symmetric: A_ij = A_ji.
 
