@@ -3,8 +3,9 @@
     python data.py PATH                  print what the loader finds in a devkit or photo folder
 
 Training reads photos and tags only: JPEGImages, Annotations and ImageSets of a VOC devkit, or a
-folder of tagged photos. SegmentationClass and SegmentationClassAug are opened for scores and for
-`--supervised`, the upper bound. A file classes.txt, one name per line, replaces VOC's classes.
+folder of tagged photos. SegmentationClass and SegmentationClassAug are opened for checks, panels
+and scores, and for `--supervised`, the upper bound. The masks given with `--corrected` are used as
+labels. A file classes.txt, one name per line, replaces VOC's classes.
 """
 
 import argparse
@@ -98,7 +99,11 @@ class VOC:
         return read_mask(self.mask_paths[i], len(self.class_names), size)
 
     def contradicts(self, i, mask):
-        """Return whether a mask contradicts the tags: an untagged class in it, or wrongly none."""
+        """Return whether a mask contradicts the tags of photo i.
+
+        It does if it shows an untagged class. It also does if it shows no class, unless the photo
+        is known to have no tag.
+        """
         shown = {int(k) - 1 for k in np.unique(mask) if 0 < k < IGNORE}
         tagged = set(self.tags[i].nonzero()[:, 0].tolist())
         known = self.annotations[i] is not None  # else the photo may show any class
@@ -285,7 +290,7 @@ def refuse_masks(photos):
         is_twin = names[path.with_suffix("")] > 1 or path.parent not in photo_folders
         if is_marked or path in suspects and is_twin:
             remedy = "Move masks to DIR/masks, or elsewhere; if it is a photo, rename it"
-            raise InputError(path, f"looks like a mask of a photo {base}", remedy, "mask")
+            raise InputError(path, f"looks like the mask of photo {base}", remedy, "mask")
 
 
 def tags_of_table(path):
@@ -471,19 +476,20 @@ def decode(source, convert):
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         w, h = image.size
         if min(w, h) < 16 or w * h > MAX_PIXELS:
-            remedy = "Resize it: at least 16 pixels per side, at most 64 million in total"
+            limit = f"at most {MAX_PIXELS / 1e6:g} million in total"
+            remedy = f"Resize it: at least 16 pixels per side, {limit}"
             raise InputError(name, f"has {w} x {h} pixels", remedy, "size")
         return convert(image, name)
 
 
 def to_rgb(image, name):
-    """Return a PIL image upright and in RGB. Raises InputError for 32 bits per pixel."""
+    """Return a PIL image upright and in RGB. Raises InputError for 32 bits per channel."""
     image.load()  # for TIFF files, Pillow already applies the orientation here
     if image.mode == "F" or image.mode == "I" and image.format != "PNG":
-        raise InputError(name, "has 32 bits per pixel", "Save it with 8 or 16 bits", "image")
+        raise InputError(name, "has 32 bits per channel", "Save it with 8 or 16 bits", "image")
     upright = image.copy()
     with suppress(Exception):  # damaged EXIF data does not make the picture unreadable
-        upright.getexif()  # it is kept, so that all its values but the orientation can be dropped
+        upright.getexif()  # Pillow caches it, so exif_transpose still finds the orientation
         upright.info = {}
         ImageOps.exif_transpose(upright, in_place=True)
     if upright.mode.startswith("I"):  # 16-bit grey: keep the upper byte
@@ -943,7 +949,7 @@ def write(path, content, source=None):
 
 def source_of(path):
     """Return the source that `write` noted in a PNG, or None."""
-    with suppress(Exception):  # else it is not a picture, so not written by us
+    with suppress(Exception):  # a file that Pillow cannot open was not written by us
         return Image.open(io.BytesIO(read(path))).info.get("sgseg source")
 
 

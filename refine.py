@@ -279,7 +279,7 @@ def upsample(x, size):
 
 
 def guided_coefficients(p, I, radius, eps):
-    """Return the guided filter's coefficients: at each pixel, their mean over all windows with it.
+    """Return the guided filter's coefficients, averaged over all windows that contain each pixel.
 
     In every window omega_n the result is an affine function of the colours, q_i = a_n . I_i + b_n:
 

@@ -1,6 +1,6 @@
 """The network: one backbone, a CAM head and a segmentation head (Ke & Hsu 2018, from the abstract).
 
-    python sgseg.py cat.jpg              # the four stages on any photo, without training
+    python sgseg.py docs/cat.jpg         # the four stages on any photo, without training
     net = SGSeg.load("runs/voc")         # a run folder or its model.pt; device="cuda" for a GPU
     label = net.segment("photo.jpg")     # (H,W) uint8, indices into net.label_names
 
@@ -258,7 +258,7 @@ class Backbone(nn.Module):
     std = (0.229, 0.224, 0.225)
     frozen = ()  # modules that fine-tuning does not change
     imagenet = None  # location of its ImageNet weights: "https://...", "package:file", or None
-    classifier = "classifier."  # parameters of that file that begin with this are not loaded
+    classifier = "classifier."  # parameters whose names begin with this are never loaded
 
     def rename(self, key):
         """Return this module's name for the parameter `key` in the file of ImageNet weights."""
@@ -308,7 +308,7 @@ class VGG16(Backbone):
                 c = width
             if stage < 4:
                 self.features.append(nn.MaxPool2d(2, ceil_mode=True))
-        self.frozen = [self.features[:16]]  # up to conv3_3 (our choice; DeepLab: up to conv2)
+        self.frozen = [self.features[:16]]  # up to conv3_3 (our choice)
 
     def forward(self, x):
         """Return F_mid (B,512,H/8,W/8) and F_high (B,512,H/16,W/16) of x (B,3,H,W)."""
@@ -473,7 +473,7 @@ STAGE_OPTIONS = {  # options of `python sgseg.py`: default, type, lowest and hig
     "floor": (refine.FLOOR, float, 1e-3, 1e3, "the stretch multiplies by at most 1 / floor"),
     "radius": (refine.RADIUS, int, 0, 10_000, "radius of the windows of stage 3, in cells"),
     "eps": (refine.EPS, float, 1e-9, 1e6, "regularisation of stage 3"),
-    "lo": (refine.LO, float, 0, 1, "a pixel is background if its map is below it"),
+    "lo": (refine.LO, float, 0, 1, "a pixel is background if its map is below this"),
     "hi": (refine.HI, float, 0, 1, "a pixel gets the class if its map is at least this"),
 }
 
@@ -568,10 +568,8 @@ def parse_numbers(parser, given):
 
 def main(argv=None):
     """Run `python sgseg.py`; return the exit status, 2 if a photo could not be read."""
-    about = (
-        "Write PHOTO_stages.png: the four stages, with the ImageNet classifier. Numbers may have "
-    )
-    about += "several values: every combination of values gets a row of pictures."
+    about = "Write PHOTO_stages.png: the four stages, with the ImageNet classifier. "
+    about += "Numeric options take several values: every combination gets a row of pictures."
     parser = argparse.ArgumentParser("sgseg.py", description=about)
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="photos, or folders of photos")
     choices = f"{', '.join(VOC_TO_IMAGENET)}, or an ImageNet index from 0 to 999"

@@ -1,7 +1,7 @@
 """Tests on a toy devkit in a temporary folder.
 
 They compare functions with oracles, stop runs at every write, and feed in bad input.
-`pytest test_sgseg.py` runs all of it in about 100 seconds on two cores.
+`pytest test_sgseg.py` runs all of them in about 100 seconds on two cores.
 """
 
 import ast
@@ -152,7 +152,7 @@ def same(a, b):
 
 
 def differing_outputs(a, b):
-    """The names of the parts in which two products differ."""
+    """Return the names of the parts in which the outputs of two runs differ."""
     return [name for name in a if not same(a[name], b[name])]
 
 
@@ -253,9 +253,8 @@ def docs_module(name):
 # child processes: forked from a clean process in which torch is already imported
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(
-    ["test_sgseg", "torch._dynamo"]
-)  # SGD imports it in its first step
+# torch._dynamo: SGD would import it in its first step
+FORKSERVER.set_forkserver_preload(["test_sgseg", "torch._dynamo"])
 
 
 def train_in_child(argv, prepare=None, *args):
@@ -745,7 +744,7 @@ def test_vgg16_has_torchvisions_parameter_names(tmp_path):
     net = BACKBONES["vgg16"]()
     assert set(net.state_dict()) == {f"features.{n}.{kind}" for n in convs
                                      for kind in ("weight", "bias")}  # fmt: skip
-    # conv5 is dilated, since pool5 is dropped
+    # conv5 is dilated, to see a wider context
     assert [n for n in convs if net.features[n].dilation == (2, 2)] == [24, 26, 28]
     state = {key: torch.full_like(value, 0.5) for key, value in net.state_dict().items()}
     torch.save(state | {"classifier.0.weight": torch.zeros(1)}, tmp_path / "w.pth")
@@ -1241,10 +1240,10 @@ def test_ridge_minimises_its_objective():
         errors = ((t - t.mean(0) - z @ w.T) ** 2).sum()
         return errors + 0.7 * (z**2).sum(1).mean() * (w**2).sum()
 
-    own = (w * deviation).requires_grad_()
-    gradient = torch.autograd.grad(total(own), own)[0]
-    assert gradient.abs().max() < 1e-3 * total(own)
-    assert total(own) < total(own + 0.01) and total(own) < total(0.9 * own)
+    w_z = (w * deviation).requires_grad_()  # on the scale of z
+    gradient = torch.autograd.grad(total(w_z), w_z)[0]
+    assert gradient.abs().max() < 1e-3 * total(w_z)
+    assert total(w_z) < total(w_z + 0.01) and total(w_z) < total(0.9 * w_z)
     # nothing can be learnt from photos that are all equal
     w = train.ridge(torch.ones(3, 5), torch.tensor([[1.0], [0.0], [1.0]]), 1.0)
     assert w.tolist() == [[0.0] * 5]
@@ -1274,7 +1273,8 @@ def test_the_fit_solves_two_regressions_once_and_only_on_imagenet_weights(
         train.fit_cam(run)
         assert [row["what"] for row in run.metrics] == ["fit"]
     fitted = run.net.cam.weight.detach()[:, :, 0, 0].clone()  # (K,C)
-    # the first regression has one sample per photo; the second, under its maps, gives 1/2
+    # the first regression has one sample per photo; the second averages features under the maps of
+    # the first, and its mean score where the target is 1 is 1/2
     tags = run.train_set.tags
     high = [run.net.features(read_image(path))[1] for path in run.train_set.image_paths]
     w = train.ridge(torch.cat([F_high.mean((2, 3)) for F_high in high]), tags, 1.0)
@@ -1469,7 +1469,7 @@ def test_corrected_masks_are_their_photos_labels(toy, finished, tmp_path, monkey
 
 @pytest.mark.parametrize("kind", ["damaged", "other tags", "all 255", "no warm-up"])
 def test_bad_training_masks_only_remove_their_own_scores(kind, kit, copied, finished, capsys):
-    """val is scored first; the other masks as well; a warning names the bad ones."""
+    """val is scored all the same, as are photos with good masks; a warning names the bad one."""
     run = train.load_run(copied, {"voc": str(kit)})
     named = "warmup.pt" if kind == "no warm-up" else "toy_0000"
     masks = [str(path.relative_to(kit)) for path in run.train_set.mask_paths]
@@ -1554,7 +1554,7 @@ def die_at_write(n):
 
 
 def test_a_run_killed_at_any_write_resumes_bit_for_bit(tmp_path, monkeypatch):
-    """Use two photos. Resume a run with a checkpoint; start a run without one again."""
+    """Use two photos. A run with a checkpoint is resumed; one without is started again."""
     kit = make_toy(tmp_path / "kit", train=2, val=1, seed=3)
     more = ["--rounds", 1, "--batch", 2, "--size", 33]
     writes = []
@@ -1673,7 +1673,7 @@ def test_files_of_others_are_never_overwritten(name, tmp_path, capsys):
 
 
 def test_the_data_and_options_must_be_those_with_which_the_run_started(copied, kit, toy, capsys):
-    """Tags, classes, ids; photos may not change their size either."""
+    """The data are the tags, the classes and the ids."""
     before = run_outputs(copied)
     assert train.main(options(toy, copied)) == 2  # another run in the same folder
     assert "--resume" in error_line(capsys)
@@ -1855,8 +1855,8 @@ def test_lists_are_read_in_all_their_forms(content, ids, tmp_path):
     assert read_list(tmp_path / "l.txt") == ids.split()
 
 
-def test_photos_are_found_by_their_name_without_ending(kit, tmp_path, capsys):
-    """.JPG, .jfif and .png; ids with endings; lists of pairs; from any folder above: one set."""
+def test_photos_are_found_by_their_name_without_extension(kit, tmp_path, capsys):
+    """.JPG, .jfif, .png; ids with extensions; lists of pairs; from any folder above: one set."""
     photos = VOC(kit, "train")
     ids = photos.ids
     pixels = np.asarray(read_image(photos.image_paths[1]))
@@ -1891,7 +1891,7 @@ def test_train_aug_and_its_masks_win_over_train(kit, capsys):
 
 
 def grey_picture(mode, value):
-    """Return a 30x20 picture of one grey in any mode, in mode 1 of white."""
+    """Return a 30x20 picture of one grey value, in any mode. In mode 1 only 0 and 255 are exact."""
     if mode == "I;16":
         return Image.fromarray(np.full((20, 30), value * 256 + 7, np.uint16))
     grey = Image.fromarray(np.full((20, 30), value, np.uint8))
@@ -1985,7 +1985,7 @@ def test_confusion_and_iou_by_hand():
     assert summary(C, data.VOC_CLASSES)["miou"] == pytest.approx((19 + 0.5 + 0.5) / 21)
     zeros = np.zeros((2, 3), int)
     for target, prediction in ((zeros + 5, zeros), (zeros, zeros + 5), (zeros, zeros + 255)):
-        with pytest.raises(ValueError):  # indices that are no class
+        with pytest.raises(ValueError):  # indices that are not classes
             confusion(target, prediction, 4)
 
 
@@ -2026,7 +2026,7 @@ def test_masks_that_contradict_the_tags_are_refused(mask, split, kit):
 
 
 def test_photos_without_a_tag_are_negatives(kit, tmp_path):
-    """In val they need none. In training they are negatives, and masks of background fit them."""
+    """Val photos need no tags. Untagged training photos are negatives; their masks may be empty."""
     (kit / f"Annotations/{VAL}.xml").unlink()
     negatives = [f"toy_{n:04d}" for n in range(9)]  # most of the training photos
     for name in [*negatives, "toy_0017"]:
@@ -2113,7 +2113,8 @@ def side_by_side(out, argv, shared, n=0):
 
 
 def test_two_processes_make_the_same_labels_as_one_and_resume_after_a_kill(toy, finished, tmp_path):
-    """Network, labels and scores are the same byte for byte, also after a kill in an update."""
+    """The labels and scores of round 1 are the same byte for byte, because both start from one
+    network. A run of two processes that is killed in an update resumes byte for byte."""
     out = tmp_path / "whole"
     shared = finished / "warmup.pt"
     both = side_by_side(out, options(toy, out), shared)
@@ -2156,7 +2157,7 @@ NUMBERED = "\n".join(map(str, range(255))).encode()
 ENTITY_BOMB = f'<!DOCTYPE a [<!ENTITY x "{"ha" * 10_000}">]><a>{"&x;" * 10_000}</a>'.encode()
 GREY = Image.new("L", (97, 97))
 LONG_TEXT = data.PngInfo()
-LONG_TEXT.add_text("history", "x" * 2_000_000, zip=True)  # Pillow reads a million letters
+LONG_TEXT.add_text("history", "x" * 2_000_000, zip=True)  # Pillow reads at most 1 MiB of text
 
 
 BAD_KIT = {  # case: changes to a devkit, kind of the error, end of its path
@@ -2184,7 +2185,7 @@ BAD_KIT = {  # case: changes to a devkit, kind of the error, end of its path
     "photo cut short": ({JPG: half}, "image", JPG),
     "photo of 900 million pixels": ({JPG: empty("1", (30000, 30000))}, "image", JPG),
     "photo of 81 million pixels": ({JPG: empty("1", (9000, 9000))}, "size", JPG),
-    "photo with 2 million letters": ({JPG: encoded(GREY, pnginfo=LONG_TEXT)}, "image", JPG),
+    "photo with 2 MB of text": ({JPG: encoded(GREY, pnginfo=LONG_TEXT)}, "image", JPG),
     "photo of 32 bits": ({JPG: encoded(GREY.convert("I"), "TIFF")}, "image", JPG),
     "photo of floats": ({JPG: encoded(GREY.convert("F"), "TIFF")}, "image", JPG),
     "mask of another size": ({MASK: empty("P", (50, 50))}, "mask", MASK),
@@ -2212,11 +2213,11 @@ BAD_ALBUM = {  # case: changes to a folder of photos, kind, end of the path
     "a line break in a class name": ({"di\nsc/a.jpg": empty()}, "classes", "album"),
     "255 folders": ({f"{n}/a.jpg": b"%d" % n for n in range(255)}, "classes", "album"),
     "an unlisted class": ({"classes.txt": b"cross"}, "tags", "classes.txt"),
-    "two photos of one name": ({"nothing.jpg": empty()}, "names", "album"),
+    "two photos with the same name": ({"nothing.jpg": empty()}, "names", "album"),
     "a folder of HEIC files": ({"sofa/IMG_1.HEIC": b"1"}, "format", "sofa"),
     "a mask beside its photo": ({"nothing_mask.png": mask_of(1)}, "mask", "_mask.png"),
     "the same, photo.JPG": ({"b.JPG": empty(), "b_mask.png": mask_of(1)}, "mask", "b_mask.png"),
-    "a mask of its photo's name": ({"b.JPG": empty(), "b.png": mask_of(1)}, "mask", "b.png"),
+    "a mask named like its photo": ({"b.JPG": empty(), "b.png": mask_of(1)}, "mask", "b.png"),
     "img_dir and ann_dir": (STREETS, "mask", "0.png"),
     "a devkit": ({"ImageSets/Segmentation/train.txt": b""}, "devkit", "album"),
     "only one class": (dict.fromkeys([*data.TOY_CLASSES[1:], "nothing.png"]), "tags", "album"),
@@ -2365,7 +2366,7 @@ def test_pipes_and_devices_are_refused_by_name(make, kit, copied, tmp_path):
 
 
 def test_mutated_files_are_read_or_rejected(kit):
-    """Replace a few bytes at random: the reader succeeds, or an InputError names the file."""
+    """Replace a random byte by none, one or two others. The reader succeeds or names the file."""
     rng = random.Random(1)
     tags = partial(read_tags, class_names=data.TOY_CLASSES)
     mask = partial(read_mask, num_classes=4)
@@ -2517,7 +2518,7 @@ BAD_TABLES = {  # case: table, kind, what must be named
     "no header over 1 and 0": ("a.jpg,1,0\nb.jpg,0,1\n", "tags", "row 1"),
     "a column of dates": ("file,tag,day\na.jpg,cat,\nb.jpg,cat,2024-05-01\n", "tags", "row 3"),
     "a mistyped flag": ("p,cat,dog\na.jpg,yes,no\nb.jpg,nno,yes\n", "tags", "row 2"),
-    "two columns of one name": ("p,cat,cat\na.jpg,1,0\nb.jpg,0,1\n", "tags", "tags.csv"),
+    "two columns with the same name": ("p,cat,cat\na.jpg,1,0\nb.jpg,0,1\n", "tags", "tags.csv"),
     "none for a tag": ("a.jpg,cat\nb.jpg,none\n", "tags", "row 2"),
     "a column of ratings": ("file,tag,stars\na.jpg,cat,4\nb.jpg,dog,5\n", "tags", "row 2"),
     "a share in a column": ("file,cat,dog\na.jpg,0.5,1\nb.jpg,1,1\n", "tags", "row 2"),
@@ -2543,12 +2544,12 @@ def test_tables_that_cannot_be_understood_are_refused_by_row(case, three_photos)
 
 
 def unused(capsys):
-    """Return {ending: number} of the one warning line on files that are not used."""
+    """Return {extension: number} of the one warning line on files that are not used."""
     (line,) = capsys.readouterr().err.splitlines()
     return {name: int(n) for n, name in re.findall(r"(\d+) (\.\w+|without an extension)", line)}
 
 
-def test_files_that_are_not_used_are_counted_by_their_ending(album, copied, capsys):
+def test_files_that_are_not_used_are_counted_by_their_extension(album, copied, capsys):
     n = len(data.Photos(album).ids)
     names = ("1.HEIC", "2.heic", "3.avif", "4.gif", "IMG_5", "deep/6.jpg", "._7.jpg")
     change(album, {f"disc/{name}": name.encode() for name in names})
@@ -2834,15 +2835,9 @@ def test_help_shows_every_option_its_meaning_and_its_default(capsys):
 DOCUMENTS = ("README.md", "docs/EXTENDING.md")
 
 
-def document(name):
-    """Return the text of a document, or "" if it does not exist yet."""
-    path = HERE / name
-    return path.read_text() if path.exists() else ""
-
-
 def blocks(name, *kinds):
     """The fenced blocks of a document."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```", document(name), re.S | re.M)
+    found = re.findall(r"^```(\w*)\n(.*?)^```", (HERE / name).read_text(), re.S | re.M)
     return [code for kind, code in found if kind in kinds]
 
 
@@ -2854,7 +2849,7 @@ def anchors(text):
 
 @pytest.mark.parametrize("name", [*DOCUMENTS, "docs/CHOICES.md", "docs/RESULTS.md"])
 def test_links_point_at_what_they_name(name):
-    text = re.sub("```.*?```", "", document(name), flags=re.S)
+    text = re.sub("```.*?```", "", (HERE / name).read_text(), flags=re.S)
     for words, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", text):
         path, _, place = target.partition("#")
         if re.match(r"\w+:", target):  # a web page
@@ -2892,7 +2887,7 @@ PYTHON = [(name, n) for name in DOCUMENTS for n in range(len(blocks(name, "pytho
 
 @pytest.mark.parametrize("name, n", PYTHON)
 def test_python_blocks_of_the_documents_run(name, n, reader, monkeypatch):
-    """As they stand; only runs are made small, and blocks that need other packages are compiled."""
+    """As they stand, but with small runs. Blocks whose packages are missing are only compiled."""
     code = blocks(name, "python")[n]
     program = compile(code, f"{name}, block {n}", "exec")
     absent = {package for package in OPTIONAL_PACKAGES if importlib.util.find_spec(package) is None}
@@ -2908,7 +2903,7 @@ def test_python_blocks_of_the_documents_run(name, n, reader, monkeypatch):
 def commands(name):
     """The command lines of a document: in its blocks, and between backticks."""
     text = "".join(blocks(name, "", "bash", "sh")).replace("\\\n", " ")
-    prose = re.sub("^```.*?^```", "", document(name), flags=re.S | re.M)
+    prose = re.sub("^```.*?^```", "", (HERE / name).read_text(), flags=re.S | re.M)
     lines = text.splitlines() + [" ".join(line.split()) for line in re.findall("`([^`]+)`", prose)]
     lines = [re.sub(r"^\$ |\s+#.*$", "", line).strip() for line in lines]
     return [line for line in lines if re.match(r"(python|torchrun) .*\.py\b", line)]
@@ -2931,7 +2926,6 @@ def test_commands_of_the_documents_are_understood(reader):
             assert sgseg.main(argv) == 0, line
 
 
-@pytest.mark.skipif(not (HERE / "docs/walkthrough.ipynb").exists(), reason="not written yet")
 def test_the_code_of_the_notebook_runs(tmp_path, monkeypatch):
     """Run all cells in one namespace in docs/; they import only torch, numpy and Pillow."""
     docs = Path(shutil.copytree(HERE / "docs", tmp_path / "docs"))
@@ -2975,7 +2969,7 @@ def test_the_scripts_in_docs_compute_what_they_say(monkeypatch):
 
 
 def test_the_page_of_a_run_is_self_contained_and_escaped(kit, tmp_path, monkeypatch, capsys):
-    """The page is self-contained, and names of classes and photos are escaped."""
+    """The names of a class, of the run folder and of a row of results.json are escaped."""
     for path in [kit / "classes.txt", *(kit / "Annotations").iterdir()]:
         name = "<b>x</b>" if path.suffix == ".txt" else "&lt;b&gt;x&lt;/b&gt;"
         path.write_text(path.read_text().replace("disc", name))

@@ -12,7 +12,8 @@
 The method alternates (Ke & Hsu 2018, abstract, sentence 9): every round first refines the pseudo
 labels with the network fixed, then updates the network with the labels fixed. A last refine makes
 the final labels. The schedule and all numbers are our choice; "tuned" means chosen with training
-masks of VOC subsets (lo, hi and min_steps also with val masks) and then fixed (docs/CHOICES.md).
+masks of VOC subsets (lo, hi, min_steps, rounds and epochs also with val masks) and then fixed
+(docs/CHOICES.md).
 """
 
 import argparse
@@ -71,7 +72,7 @@ class Config:
         0, "epochs on image tags alone; needed without ImageNet weights", "tuned", 0
     )
     rounds: int = option(3, "rounds of refine and update before the last refine", "tuned", 0, 1000)
-    epochs: int = option(4, "epochs per update", "our choice", 1, 10_000)
+    epochs: int = option(4, "epochs per update", "tuned", 1, 10_000)
     min_steps: int = option(
         5, "minimum number of steps per epoch; small sets are repeated", "tuned", 1, 10_000
     )
@@ -81,7 +82,9 @@ class Config:
     )
     # sizes
     crop: int = option(257, "side of a training crop, 16n+1", "our choice", 17, 4097)
-    size: int = option(500, "long side of photos when refining and segmenting", "VOC's", 17, 8192)
+    size: int = option(
+        500, "long side of photos when refining and segmenting", "as in VOC", 17, 8192
+    )
     scale: tuple = option(
         (0.5, 1.0),
         "in training, the long side is --size times a random number in this range",
@@ -97,7 +100,7 @@ class Config:
     )
     radius: int = option(refine.RADIUS, "radius of the guided filter in cells", "tuned", 0, 10_000)
     eps: float = option(refine.EPS, "eps of the guided filter", "tuned", 1e-9, 1e6)
-    lo: float = option(refine.LO, "pixels are background if all maps are below it", "tuned", 0, 1)
+    lo: float = option(refine.LO, "pixels are background if all maps are below this", "tuned", 0, 1)
     hi: float = option(
         refine.HI,
         "a class needs a map of at least this; the last refine uses (lo + hi) / 2",
@@ -153,9 +156,9 @@ def schedule(cfg, r):
         2 to rounds      segmentation head          --strength, 2nd   --lo, --hi
         rounds + 1       segmentation head          --strength, 2nd   both (lo + hi) / 2
 
-    From round 2 on the segmentation head is better than the CAM head. It was trained on labels that
-    the walk has already spread, so lambda is lower. The last refine leaves no pixel undecided,
-    because no network is trained on its labels. Source: our choice (docs/CHOICES.md).
+    From round 2 on the segmentation head is better than the CAM head. It was trained on labels made
+    from maps that the walk had already spread, so lambda is lower. The last refine leaves no pixel
+    undecided, because no network is trained on its labels. Source: our choice (docs/CHOICES.md).
     """
     middle = (cfg.lo + cfg.hi) / 2
     lo, hi = (cfg.lo, cfg.hi) if r <= cfg.rounds else (middle, middle)
@@ -187,7 +190,8 @@ def fit_cam(run):
     logits during the rounds. Ridge regression shrinks w, more so with few photos, so w is rescaled
     by one factor for all classes: then <w_k, x_k> is 1/2 on average where t is 1, in the middle of
     a map's range.
-    Source: our choice, measured in docs/CHOICES.md. Does nothing without ImageNet weights.
+    Source: our choice, measured in docs/CHOICES.md. Does nothing without ImageNet weights, or if
+    the head is already fitted: in this run ("fit") or in the one it was taken from ("from").
     """
     if run.cfg.weights == "none" or any(m["what"] in ("fit", "from") for m in run.metrics):
         return
@@ -487,8 +491,8 @@ def run_all(run):
 def snapshot(run, r):
     """After the update of round r, save the network, draw panels and score the head on val.
 
-    The network is saved as model.pt (warmup.pt for r = 0). panels/roundR.png shows the same few
-    images every round, as the next refine would label them.
+    The network is saved as model.pt. For r = 0 it is saved as warmup.pt and not scored.
+    panels/roundR.png shows the same few images every round, as the next refine would label them.
     """
     if run.epoch != epochs_before(run.cfg, r + 1):
         return
@@ -569,7 +573,9 @@ def validate(net, photos):
 
 
 def score_stages(run):
-    """Return the scores of all stages on the training photos with masks that were not corrected.
+    """Return the scores of all stages on the training photos that have a true mask.
+
+    Photos with a corrected mask are left out.
 
     "train cam", "train affinity", "train self_guided": the maps of refine 1, made by the
     network after the warm-up, thresholded at (lo + hi) / 2. "labels roundR" and "last labels": the
@@ -598,7 +604,7 @@ def score_stages(run):
             C[name] += data.confusion(decided, label, len(photos.class_names))
     left_out = sum(all_gather(left_out), [])
     if left_out:
-        data.warn(f"{len(left_out)} training masks are not scored; the first: {left_out[0]}")
+        data.warn(f"{len(left_out)} training masks cannot be used; the first: {left_out[0]}")
     photos.check_masks(sum(all_gather(contradicting), []))
     total = defaultdict(int)
     for name, matrix in (pair for part in all_gather(C) for pair in part.items()):
@@ -659,7 +665,7 @@ def evaluate_split(net, folder, root, split):
     photos = data.VOC(root, split)
     if photos.class_names != net.label_names[1:]:
         problem = "has different classes from the network"
-        raise InputError(photos.root, problem, "Give a devkit of the same classes", "classes")
+        raise InputError(photos.root, problem, "Give a devkit with the same classes", "classes")
     photos.require_masks()
     photos.scan(masks=True)
     name = f"results_{Path(root).name}_{split}_{settings_name(net)}.json"
@@ -685,7 +691,7 @@ def write_scores(path, rows, label_names):
         texts = ["    -" if x is None else f"{100 * x:5.1f}" for x in values]
         print_line(f"{name:18} {texts[0]}    {' '.join(texts[1:])}")
     write(path, json.dumps(rows, indent=1))
-    print_line(f"written: {path}" if rows else "nothing was scored: there are no masks")
+    print_line(f"written: {path}" if rows else "nothing was scored: no mask could be used")
 
 
 def segment_photos(net, out, photos):
@@ -857,7 +863,7 @@ def build(cfg, argv=(), initialize=True, lock=True):
 
 
 def open_data(cfg):
-    """Return the training set, and the val set or None. Reads the lists but no photo yet."""
+    """Return the training set, and the val set or None. Makes the toy set if it is missing."""
     if cfg.photos:
         return data.Photos(cfg.photos), None
     root = cfg.voc or Path(cfg.out) / "toy"
@@ -951,7 +957,7 @@ def load_run(folder, given=None, lock=True):
     given = given or {}
     path = Path(folder) / "checkpoint.pt"
     state = data.load(path)
-    with as_input_error(path, "is not a checkpoint of this version", "Start a new --out", "model"):
+    with as_input_error(path, "is not a checkpoint of this version", "Start a new run", "model"):
         saved_options = {f.name: state["config"][f.name] for f in fields(Config)}
         # results are the same bit for bit only on the same kind of device
         device = {"device": "cpu" if saved_options["device"] == "cpu" else "auto"}
@@ -959,18 +965,18 @@ def load_run(folder, given=None, lock=True):
         saved = {what: state["data"][what] for what in ("classes", "ids", "tags", "corrected")}
         for name in given:
             if name not in MAY_CHANGE and getattr(cfg, name) != saved_options[name]:
-                typed = f"--{name.replace('_', '-')} {saved_options[name]}"
-                problem = f"was started with {typed}, not {given[name]}"
-                remedy = "Leave the option out, or start a new --out"
+                typed = f"--{name.replace('_', '-')} {as_typed(saved_options[name])}"
+                problem = f"was started with {typed}, not {as_typed(given[name])}"
+                remedy = "Leave the option out, or start a new run"
                 raise InputError(folder, problem, remedy, "option")
     run = build(cfg, initialize=False, lock=lock)
     for what, value in run.identity.items():
         if value != saved[what]:
             name = "corrected masks" if what == "corrected" else what
             problem = f"has changed since {folder} was started: its {name} differ"
-            remedy = "Restore them, or start a new --out"
+            remedy = "Restore them, or start a new run"
             raise InputError(run.train_set.root, problem, remedy, what)
-    with as_input_error(path, "is not a checkpoint of this version", "Start a new --out", "model"):
+    with as_input_error(path, "is not a checkpoint of this version", "Start a new run", "model"):
         run.net.load_state_dict(data.check_finite(state["model"], path))
         run.optimizer.load_state_dict(state["optimizer"])
         run.epoch = int(state["epoch"])
@@ -1119,7 +1125,8 @@ def parse(argv):
     allowed = {"device", "object_bias"} | ({"out"} if job.segment else {"voc", "size"})
     useless = set(given) - allowed
     if (job.segment or job.eval) and useless:
-        parser.error(f"--{useless.pop().replace('_', '-')} has no effect with --eval or --segment")
+        used = "--segment" if job.segment else "--eval"
+        parser.error(f"--{useless.pop().replace('_', '-')} has no effect with {used}")
     return job, given
 
 
@@ -1194,7 +1201,7 @@ def main(argv=None):
                 remedy = "Read its message, then resume"
                 raise InputError("another process", "has ended", remedy, "rank")
             if isinstance(e, MemoryError) or re.search("(allocate|out of) memory", str(e)):
-                remedy = "Lower --batch, --crop or --size"
+                remedy = "Lower --batch, --crop or --size, or segment smaller photos"
                 raise InputError("the run", "does not fit into memory", remedy, "memory")
             raise
 

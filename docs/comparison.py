@@ -6,11 +6,12 @@ head afterwards, as ours does.
 
 Every method, ours included, cuts its maps at a threshold t of its own, chosen anew in each refine:
 the t of GRID at which its labels have the highest mIoU on 60 training photos. The masks of these
-photos are opened for that. Pixels within (hi - lo) / 2 of t are undecided; the last refine decides
-all pixels, as in ours.
+photos are opened for that. Pixels whose highest map lies within (hi - lo) / 2 of t are undecided;
+the last refine decides all pixels, as in ours. (EM-Adapt has no maps to cut: its t sets the shares
+of the classes, and it decides all pixels in every refine.)
 
 --from RUN starts from the warm-up of another run. --resume continues a run that was stopped. Dense
-CRF: pip install pydensecrf2. We reimplemented every method from its paper.
+CRF: pip install pydensecrf2. We reimplemented every other method from its paper.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def with_pamr(maps, image):
 
 
 def cut(maps, tagged, image, lo, hi):
-    """Stage 4, as in ours."""
+    """Return the label by stage 4 of our own method."""
     return refine.pseudo_labels(maps, tagged, lo, hi)[0].numpy()
 
 
@@ -70,9 +71,11 @@ def cut_by_crf(maps, tagged, image, lo, hi):
 
 
 def em(scores, tagged, image, lo, hi):
-    """The E-step of EM-Adapt (Papandreou et al. 2015): every pixel is argmax_k (f_k + b_k) among
-    background and tags. The biases b are raised until each tag leads on a share of at least t / 2
-    of the image, and background on t. (The paper uses 0.2 and 0.4.)
+    """Return the label by the E-step of EM-Adapt (Papandreou et al. 2015).
+
+    Every pixel is argmax_k (f_k + b_k) among background and tags. One bias b_k after another is
+    raised until its class leads on a share of at least t / 2 of the image; last, that of background
+    until it leads on t. (The paper uses 0.2 and 0.4.)
 
     scores f (1,P+1,H,W), background first.
     """
@@ -102,7 +105,7 @@ METHODS = {  # is stage 2 used?; the functions of stages 3 and 4
 def prepare(method, net, image, tags, cfg, r):
     """Return the input of the method's stage 4, and the tagged classes (P,).
 
-    That is maps (1,P,H,W), or scores (1,P+1,H,W) for EM.
+    The input is maps (1,P,H,W), or scores (1,P+1,H,W) for EM.
     """
     guide, transfer, label_of = METHODS[method]
     tagged = tags.nonzero()[:, 0].tolist()
@@ -112,8 +115,8 @@ def prepare(method, net, image, tags, cfg, r):
         scores = Z if r > 1 else torch.cat([torch.zeros_like(S[:, :1]), S], 1)
         scores = scores[:, [0, *(k + 1 for k in tagged)]]
         return refine.upsample(scores, I.shape[-2:]).cpu(), tagged
-    own = replace(cfg, affinity=guide, self_guided=transfer is refine.self_guided)
-    _, guided, maps, _ = train.label_image(net, image, tags, own, r)
+    stages = {"affinity": guide, "self_guided": transfer is refine.self_guided}
+    _, guided, maps, _ = train.label_image(net, image, tags, replace(cfg, **stages), r)
     return (with_pamr(guided, I) if transfer is with_pamr else maps).cpu(), tagged
 
 
@@ -189,7 +192,7 @@ def start(given):
         run = train.load_run(given.out, options)
         if run.about.get("method") != given.method:
             problem = f"was started with METHOD {run.about.get('method')}"
-            raise InputError(given.out, problem, "Give that METHOD, or start a new OUT", "option")
+            raise InputError(given.out, problem, "Give that METHOD, or start a new run", "option")
         return run
     run = train.new_run(train.check(train.Config(**options, out=given.out)), sys.argv[1:])
     run.about["method"] = given.method

@@ -102,11 +102,11 @@ def neighbours(x, dilations):
 
 
 def pamr(maps, I, steps=10, dilations=(1, 2, 4, 8, 12, 24)):
-    """Return the maps after pixel-adaptive mask refinement (Araslanov & Roth 2020), 10 times
+    """Return the maps after `steps` steps of PAMR, pixel-adaptive mask refinement:
 
         M <- sum_j softmax_j(-|I_i - I_j| / (0.1 sigma_i)) M_j
 
-    maps (B,P,H,W); I (B,3,H,W) in [0,1]. Returns (B,P,H,W).
+    maps (B,P,H,W); I (B,3,H,W) in [0,1]. Returns (B,P,H,W). Source: Araslanov & Roth 2020.
     """
     near = neighbours(I, dilations)  # (B,3,N,H,W)
     sigma = near.std(2, keepdim=True)

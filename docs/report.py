@@ -131,7 +131,7 @@ def figure(title, names, svg):
 
 
 def curves(title, lines, unit=1.0):
-    """Return a line chart of {name: [(x, y), ...]} from 0 to the largest y, times unit."""
+    """Return a line chart of {name: [(x, y), ...]}; the axis shows unit * y and begins at 0."""
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         return ""
@@ -173,7 +173,7 @@ def bars(title, rows, names):
 
 
 def stacks(metrics):
-    """Return a stacked bar for each refine: the share of the pixels that every label has."""
+    """Return a stacked bar for each refine: the share of the pixels that each label takes up."""
     rows = [row for row in metrics if row["what"] == "labels"]
     parts = []
     present = {}  # name -> index
