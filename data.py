@@ -101,8 +101,8 @@ class VOC:
     def contradicts(self, i, mask):
         """Return whether a mask contradicts the tags of photo i.
 
-        It does if it shows an untagged class. It also does if it shows no class, unless the photo
-        is known to have no tag.
+        It does if the tags are known and it shows an untagged class. It also does if it shows no
+        class, unless the photo is known to have no tag.
         """
         shown = {int(k) - 1 for k in np.unique(mask) if 0 < k < IGNORE}
         tagged = set(self.tags[i].nonzero()[:, 0].tolist())
@@ -166,7 +166,7 @@ class VOC:
             raise InputError(self.root, "has the same tags on all photos", remedy, "tags")
         for name, share in zip(self.class_names, shares):
             if share == 0:
-                warn(f"no training image is tagged {name}: it will not be learnt")
+                warn(f"no training image is tagged {name}: this class will not be learnt")
             if share == 1:
                 warn(f"every training image is tagged {name}: add photos without it")
 
@@ -210,7 +210,7 @@ class Photos(VOC):
 
     The classes are sorted by name, or in the order of DIR/classes.txt. ids are paths below DIR
     without their extension; annotations[i] is the set of tags. Masks, for scoring only, are
-    DIR/masks/CLASS/photo.png.
+    DIR/masks/ID.png, for example DIR/masks/CLASS/photo.png.
     Raises InputError.
     """
 
@@ -243,7 +243,7 @@ class Photos(VOC):
         self.mask_paths = [masks.pop(nfc(name), None) for name in self.ids]
         if masks:
             first = min(masks.values())
-            warn(f"{len(masks)} masks are not named like a photo; the first is {first}")
+            warn(f"{len(masks)} masks have no photo of the same name; the first is {first}")
 
 
 def tags_of_folders(root):
@@ -261,7 +261,7 @@ def tags_of_folders(root):
         unreadable = any(p.suffix.lower() in UNREADABLE for p in files)
         if unreadable and not photos and folder != root:
             problem = f"holds no picture that can be read ({count_extensions(files)})"
-            raise InputError(folder, problem, "Convert them to JPEG or PNG", "format")
+            raise InputError(folder, problem, "Convert its pictures to JPEG or PNG", "format")
         for photo in photos:
             key = hashlib.sha256(read(photo)).digest()
             _, tags = found.setdefault(key, (photo, set()))
@@ -275,8 +275,8 @@ def tags_of_folders(root):
 def refuse_masks(photos):
     """Raise InputError if pictures among the photos look like the masks of others.
 
-    For example x_mask.png or a palette file x.png beside x.jpg, or a folder that holds only palette
-    or grey PNG files which are named like photos in other folders.
+    Examples are x_mask.png or a palette file x.png beside x.jpg, or a folder that holds only
+    palette or grey PNG files with the same names as photos in other folders.
     """
     names = Counter(path.with_suffix("") for path in photos)
     stems = Counter(path.stem for path in photos)
@@ -451,7 +451,7 @@ def read_image(source):
     """Return an upright RGB PIL image.
 
     source: a path, the bytes of a file, an open binary file, a PIL image, or an (H,W,3) uint8 RGB
-    array (BGR arrays, as OpenCV reads them, cannot be recognised). Grey, CMYK, palette, RGBA and
+    array (BGR arrays, which OpenCV returns, cannot be told from RGB). Grey, CMYK, palette, RGBA and
     16-bit pictures are converted; the EXIF orientation is applied.
     Raises InputError for a file that cannot be read, ValueError for any other array.
     """
@@ -468,7 +468,10 @@ def read_image(source):
 
 
 def decode(source, convert):
-    """Return convert(PIL image, name) of a path or of the bytes of a file. Raises InputError."""
+    """Return convert(PIL image, name) for the image at a path or in the bytes of a file.
+
+    Raises InputError.
+    """
     is_path = not isinstance(source, bytes)
     name, content = (source, read(source)) if is_path else ("the picture", source)
     remedy = f"Convert it to JPEG or PNG (supported: {', '.join(FORMATS)})"
@@ -522,11 +525,12 @@ def read_mask(path, num_classes, size=None):
 def read_tags(path, class_names):
     """Return the set of class names in a VOC annotation.
 
-    Only `object/name` counts, not the parts of an object. Raises InputError, also for a DOCTYPE
-    (which entity bombs need and VOC does not use) and for XML of another kind.
+    Only `object/name` counts, not the parts of an object. Raises InputError for an unreadable file,
+    and also for a DOCTYPE (which entity bombs need and VOC does not use) and for XML of another
+    kind.
     """
     text = read_text(path)
-    remedy = "Write VOC's form, <annotation><object><name>cat</name></object></annotation>"
+    remedy = "Use VOC's format, <annotation><object><name>cat</name></object></annotation>"
     if "<!DOCTYPE" in text or len(text) > 1_000_000:
         raise InputError(path, "has a DOCTYPE or is larger than a megabyte", remedy, "xml")
     with as_input_error(path, "is not XML", f"{remedy}, as UTF-8", "xml"):
@@ -545,9 +549,9 @@ def read_tags(path, class_names):
 def read_list(path):
     """Return the image ids of a list with one id per line.
 
-    Also accepts CRLF, blank lines, the column -1/0/1 of ImageSets/Main (-1 is left out), ids
-    with an extension, and pairs of paths (/JPEGImages/ID.jpg /SegmentationClass/ID.png).
-    Raises InputError.
+    Also accepts CRLF, blank lines, the column -1/0/1 of ImageSets/Main (ids with -1 are skipped),
+    ids with an extension, and pairs of paths (/JPEGImages/ID.jpg /SegmentationClass/ID.png). Raises
+    InputError.
     """
     ids = []
     for line in read_text(path).splitlines():
@@ -747,11 +751,11 @@ def sheet(rows, width=160):
 # ---- the toy set ---------------------------------------------------------------------------------
 
 TOY_CLASSES = ("disc", "square", "triangle", "cross")
-TOY_HUES = ((200, 70, 60), (70, 90, 200), (50, 190, 60), (210, 180, 50))
+TOY_COLOURS = ((200, 70, 60), (70, 90, 200), (50, 190, 60), (210, 180, 50))
 
 
 def toy_shape(name, u, v):
-    """Return whether each point (u,v) lies inside a shape of radius 1, as a boolean array."""
+    """Return whether each point (u,v) lies inside a shape of radius about 1, as a boolean array."""
     if name == "disc":
         return u**2 + v**2 < 1
     if name == "square":
@@ -773,7 +777,8 @@ def toy_picture(rng, size):
     """Return an image (size,size,3) uint8 and its mask (size,size) uint8.
 
     One to three shapes lie on a dull background; later ones cover earlier ones. Outlines are 255 in
-    the mask. Each kind of shape has its own hue, so that six conv blocks learn it in a minute.
+    the mask. Each kind of shape has its own colour, so that six conv blocks learn the set in a
+    minute.
     """
     y, x = np.mgrid[:size, :size]
     image = toy_texture(rng, size, rng.integers(60, 200) + rng.uniform(-25, 25, 3))
@@ -787,7 +792,7 @@ def toy_picture(rng, size):
         inside = toy_shape(TOY_CLASSES[k], u, v)
         solid = Image.fromarray(inside).convert("L")
         grown = np.asarray(solid.filter(ImageFilter.MaxFilter(3))) > 0
-        image[inside] = toy_texture(rng, size, TOY_HUES[k] + rng.uniform(-30, 30, 3))[inside]
+        image[inside] = toy_texture(rng, size, TOY_COLOURS[k] + rng.uniform(-30, 30, 3))[inside]
         mask[grown] = IGNORE
         mask[inside] = k + 1
     return image.clip(0, 255).astype(np.uint8), mask
@@ -883,7 +888,7 @@ def load(path):
     """Return the dict in a checkpoint or weights file. No pickled code is run.
 
     Raises InputError for other files, wrong checksums, and archives that unpack to more bytes than
-    they have (torch does not compress).
+    the file itself has (torch does not compress).
     """
     content = io.BytesIO(read(path, limit=2**33))
     with as_input_error(path, "is not a torch file or is damaged", "Give another file", "weights"):
@@ -938,7 +943,7 @@ def write(path, content, source=None):
             buffer.write(content.encode(errors="surrogateescape") if text else content)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "xb") as file:  # never a file or link that exists
+            with open(temporary, "xb") as file:  # "x" never opens an existing file or link
                 file.write(buffer.getvalue())
                 file.flush()
                 sync(file)
