@@ -639,7 +639,8 @@ def summary(C, class_names):
     """Return {"miou", "iou", "precision", "recall", "confusion"} of a confusion matrix C (K+1,K+1).
 
     IoU_k = C_kk / (row_k + column_k - C_kk), precision C_kk / column_k, recall C_kk / row_k, all in
-    [0,1], for the classes that occur in a mask; mIoU is the mean of their IoU.
+    [0,1], for the classes that occur in a mask (precision None if column_k is 0); mIoU is the mean
+    of their IoUs.
     """
     scores = {"iou": {}, "precision": {}, "recall": {}}
     for k, name in enumerate(["background", *class_names]):

@@ -394,9 +394,9 @@ class Lite0(Backbone):
         """Return F_mid (B,24,H/8,W/8) and F_high (B,1280,H/16,W/16) of x (B,3,H,W)."""
         low = self.blocks[:3](F.relu6(self.bn0(self.conv_stem(x))))  # (B,24,H/4,W/4)
         mid = F.avg_pool2d(low, 3, 2, 1, count_include_pad=False)  # (B,24,H/8,W/8)
-        # In ImageNet training, with even sides, strided convolutions were padded at the bottom and
-        # right only. Our padding at the top and left makes the first row and column unlike the
-        # others, so we copy the second.
+        # In ImageNet training, with even sides, these strided 3x3 convolutions were padded at the
+        # bottom and right only. Our padding at the top and left makes the first row and column
+        # unlike the others, so we copy the second.
         mid = F.pad(mid[:, :, 1:, 1:], (1, 0, 1, 0), mode="replicate")
         high = F.relu6(self.bn1(self.conv_head(self.blocks[3:](low))))
         return mid, high  # (B,1280,H/16,W/16)
