@@ -2,9 +2,9 @@
 
 Ke & Hsu (2018) name the stages in sentences 5 to 8 of their abstract and say which features each
 of them reads. Only the abstract was available to us, so every formula and every number below is our
-choice. Its source is given beside it; "tuned" means that it was chosen with masks of training
-photos of our VOC subsets (LO and HI also with val masks) and then fixed (docs/CHOICES.md).
-`four_stages` runs all of them in order:
+choice. The source of each is given beside it; "tuned" means that it was chosen using the
+ground-truth masks of training photos of our VOC subsets (LO and HI also with val masks) and then
+fixed (docs/CHOICES.md). `four_stages` runs the four stages in order:
 
     upsample            bring S to the grid of F_mid
     1 localization_maps M_k = relu(S_k) / max relu(S_k)            where is each class, roughly?
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 # The defaults of train.py and sgseg.py for photos. The toy set has its own STRENGTH, RADIUS, EPS,
-# LO and HI: TOY in train.py.
+# LO and HI (see TOY in train.py).
 IGNORE = 255  # VOC's index for undecided pixels; losses and scores ignore them
 LO = 0.30  # a pixel is background if all its maps are below LO (tuned)
 HI = 0.60  # a pixel gets a class if that class's map is at least HI (tuned)
@@ -50,7 +50,8 @@ def localization_maps(scores, tagged, unit=None):
     scores (B,K,h,w): the CAM scores S. tagged (P,): indices of the tagged classes.
     unit: a positive score (1 for the CAM head of `train.fit_cam`), or None.
     Returns (B,P,h,w) in [0,1]; a class without a positive score has a map of zeros.
-    Raises ValueError unless `tagged` holds distinct indices below K and unit > 0.
+    Raises ValueError unless `tagged` holds distinct indices below K and unit, if given, is
+    positive.
     Source: abstract, sentence 5; class activation mapping (Zhou et al. 2016). `unit` is our choice.
 
     >>> localization_maps(torch.tensor([[[[9., 9.], [9., 9.]], [[2., 4.], [-1., 1.]]]]), [1])
@@ -69,7 +70,7 @@ def head_maps(logits, tagged, temperature=2.0):
 
     The softmax runs over the background and the tagged classes. The segmentation head was trained
     on the labels of all photos. Most of their errors differ from photo to photo and average out, so
-    its maps are better than the CAM head's. Dividing by `temperature` counteracts its
+    the head's maps are better than those of the CAM head. Dividing by `temperature` counteracts its
     over-confidence.
 
     logits (B,K+1,h,w): Z, background first. tagged (P,): indices of the tagged classes.
@@ -91,9 +92,9 @@ def affinity(features, dilations=DILATIONS, temperature=TEMPERATURE):
     """Return A_ij = exp((cos(f_i, f_j) - 1) / temperature) for every cell i and its neighbours j.
 
     f is the feature map minus its mean over the image. The mean is what all cells have in common:
-    without subtracting it, the mean cosine of two random cells is about 0.4, not 0 (lite0). The
-    neighbours of i are 8 cells at each of the distances `dilations`, N = 8 len(dilations) in all.
-    The graph is symmetric: A_ij = A_ji.
+    if it were not subtracted, the mean cosine of two random cells would be about 0.4, not 0 (for
+    lite0). The neighbours of i are 8 cells at each of the distances `dilations`,
+    N = 8 len(dilations) in all. The graph is symmetric: A_ij = A_ji.
 
     features (B,C,h,w). Returns A (B,hw,N) in [0,1], 0 where j lies outside the grid, and
     index (hw,N) int64, the cell j of every entry.
@@ -157,7 +158,7 @@ def affinity_guided(
     tensor([[[[0.7500, 0.2500]]]])
     """
     if len(maps) != len(features) or maps.shape[2:] != features.shape[2:]:
-        raise ValueError(f"maps {tuple(maps.shape)} do not fit features {tuple(features.shape)}")
+        raise ValueError(f"maps {tuple(maps.shape)} do not match features {tuple(features.shape)}")
     if not strength >= 0:
         raise ValueError(f"strength must not be negative, got {strength}")
     h, w = maps.shape[2:]
@@ -223,7 +224,7 @@ def pseudo_labels(maps, tagged, lo=LO, hi=HI):
     if not 0 <= lo <= hi <= 1:
         raise ValueError(f"want 0 <= lo <= hi <= 1, got lo {lo}, hi {hi}")
     if len(tagged) != maps.shape[1] or not maps.isfinite().all():
-        raise ValueError(f"want {len(tagged)} maps of finite values, got {tuple(maps.shape)}")
+        raise ValueError(f"want {len(tagged)} finite maps, got maps of shape {tuple(maps.shape)}")
     if len(tagged) == 0:
         return torch.zeros_like(maps.sum(1), dtype=torch.uint8)
     best, p = maps.max(1)  # (B,H,W) each
@@ -294,7 +295,7 @@ def guided_coefficients(p, I, radius, eps):
     Source: He, Sun & Tang, Guided Image Filtering (ECCV 2010), eqs. 14 to 16.
     """
     if p.shape[-2:] != I.shape[-2:] or I.shape[1] != 3:
-        raise ValueError(f"maps {tuple(p.shape)} do not fit the guidance image {tuple(I.shape)}")
+        raise ValueError(f"maps {tuple(p.shape)} do not match the guidance image {tuple(I.shape)}")
     if not radius >= 0 or not eps >= 1e-9:
         raise ValueError(f"want radius >= 0 and eps >= 1e-9, got {radius} and {eps}")
     if I.min() < -1e-3 or I.max() > 1 + 1e-3:
@@ -316,9 +317,9 @@ def guided_coefficients(p, I, radius, eps):
 
 
 def box_mean(x, radius):
-    """Return the mean over the (2 radius + 1)^2 window around each pixel, cut at the border.
+    """Return the mean over the (2 radius + 1)^2 window around each pixel, clipped at the border.
 
-    Computed with running sums: unlike that of torch's average pooling, their cost does not depend
+    Computed with running sums, whose cost, unlike that of torch's average pooling, does not depend
     on the radius.
 
     x (B,C,H,W); radius >= 0. Returns (B,C,H,W).

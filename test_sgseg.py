@@ -1802,7 +1802,7 @@ def test_the_run_folder_records_the_run_and_labels_hold_only_tagged_classes(lear
         files = [learnt / f"pseudo/round{r}/{name}.png" for r in (1, 2, 3)]
         first, second, last = [read_mask(path, 4) for path in files]
         assert set(np.unique(first)) | set(np.unique(second)) <= tagged | {255}
-        assert set(np.unique(last)) <= tagged  # the last refine decides every pixel
+        assert set(np.unique(last)) <= tagged  # the last refine step decides every pixel
         assert (read_mask(learnt / f"masks/{name}.png", 4) == last).all()
 
 

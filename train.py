@@ -10,10 +10,10 @@
     torchrun --nproc_per_node=2 train.py --voc PATH     share the work between processes
 
 The method alternates (Ke & Hsu 2018, abstract, sentence 9): every round first refines the pseudo
-labels with the network fixed, then updates the network with the labels fixed. A last refine makes
-the final labels. The schedule and all numbers are our choice; "tuned" means chosen with training
-masks of VOC subsets (lo, hi, min_steps, rounds and epochs also with val masks) and then fixed
-(docs/CHOICES.md).
+labels with the network fixed, then updates the network with the labels fixed. A last refine step
+makes the final labels. The schedule and all numbers are our choice; "tuned" means chosen with
+training masks of VOC subsets (lo, hi, min_steps, rounds and epochs also with val masks) and then
+fixed (docs/CHOICES.md).
 """
 
 import argparse
@@ -71,7 +71,9 @@ class Config:
     warmup: int = option(
         0, "epochs on image tags alone; needed without ImageNet weights", "tuned", 0
     )
-    rounds: int = option(3, "rounds of refine and update before the last refine", "tuned", 0, 1000)
+    rounds: int = option(
+        3, "rounds of refine and update steps before the last refine step", "tuned", 0, 1000
+    )
     epochs: int = option(4, "epochs per update", "tuned", 1, 10_000)
     min_steps: int = option(
         5, "minimum number of steps per epoch; small sets are repeated", "tuned", 1, 10_000
@@ -103,7 +105,7 @@ class Config:
     lo: float = option(refine.LO, "pixels are background if all maps are below this", "tuned", 0, 1)
     hi: float = option(
         refine.HI,
-        "a class needs a map of at least this; the last refine uses (lo + hi) / 2",
+        "a class needs a map of at least this; the last refine step uses (lo + hi) / 2",
         "tuned",
         0,
         1,
@@ -157,8 +159,9 @@ def schedule(cfg, r):
         rounds + 1       segmentation head          --strength, 2nd   both (lo + hi) / 2
 
     From round 2 on the segmentation head is better than the CAM head. It was trained on labels made
-    from maps that the walk had already spread, so lambda is lower. The last refine leaves no pixel
-    undecided, because no network is trained on its labels. Source: our choice (docs/CHOICES.md).
+    from maps that the walk had already spread, so lambda is lower. The last refine step leaves no
+    pixel undecided, because no network is trained on its labels.
+    Source: our choice (docs/CHOICES.md).
     """
     middle = (cfg.lo + cfg.hi) / 2
     lo, hi = (cfg.lo, cfg.hi) if r <= cfg.rounds else (middle, middle)
@@ -220,7 +223,7 @@ def fit_cam(run):
 def print_minutes_left(run, seconds):
     """Print an estimate of the minutes left. seconds: the time of one `fit_cam` pass per photo."""
     # Refining a photo takes 2.4 times as long, training on a crop 1.3 times (lite0 on a CPU);
-    # scoring the val and training photos takes as long as two more refines.
+    # scoring the val and training photos takes as long as two more refine steps.
     photos = 2.4 * (run.cfg.rounds + 3) * len(run.train_set.ids)
     crops = 1.3 * run.cfg.batch * steps_left(run)
     print_line(f"time left: about {(photos + crops) * seconds / 60:.0f} min")
@@ -492,7 +495,8 @@ def snapshot(run, r):
     """After the update of round r, save the network, draw panels and score the head on val.
 
     The network is saved as model.pt. For r = 0 it is saved as warmup.pt and not scored.
-    panels/roundR.png shows the same few images every round, as the next refine would label them.
+    panels/roundR.png shows the same few images every round, as the next refine step would label
+    them.
     """
     if run.epoch != epochs_before(run.cfg, r + 1):
         return

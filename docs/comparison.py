@@ -4,11 +4,11 @@ The network, weights, photos, steps and scores are those of `python train.py --v
 labels are made by another method. All methods read the CAM head in round 1 and the segmentation
 head afterwards, as ours does.
 
-Every method, ours included, cuts its maps at a threshold t of its own, chosen anew in each refine:
-the t of GRID at which its labels have the highest mIoU on 60 training photos. The masks of these
-photos are opened for that. Pixels whose highest map lies within (hi - lo) / 2 of t are undecided;
-the last refine decides all pixels, as in ours. (EM-Adapt has no maps to cut: its t sets the shares
-of the classes, and it decides all pixels in every refine.)
+Every method, ours included, cuts its maps at a threshold t of its own, chosen anew in each refine
+step: the t of GRID at which its labels have the highest mIoU on 60 training photos. The masks of
+these photos are opened for that. Pixels whose highest map lies within (hi - lo) / 2 of t are
+undecided; the last refine step decides all pixels, as in ours. (EM-Adapt has no maps to cut: its t
+sets the shares of the classes, and it decides all pixels in every refine step.)
 
 --from RUN starts from the warm-up of another run. --resume continues a run that was stopped. Dense
 CRF: pip install pydensecrf2. We reimplemented every other method from its paper.

@@ -173,7 +173,7 @@ def bars(title, rows, names):
 
 
 def stacks(metrics):
-    """Return a stacked bar for each refine: the share of the pixels that each label takes up."""
+    """Return a stacked bar for each refine step: the share of the pixels that each label takes up."""
     rows = [row for row in metrics if row["what"] == "labels"]
     parts = []
     present = {}  # name -> index
@@ -271,7 +271,7 @@ def page(folder):
 <div class="row">{curves("losses by epoch", losses)}{curves("mIoU by round, %", scores, 100)}</div>
 <h2>The same images after every round</h2>{round_panels(folder)}
 <h2>IoU by class, %</h2>{bars("IoU", iou, occurring) if iou else "<p>No masks.</p>"}
-<h2>Labels of each refine</h2>{stacks(metrics)}
+<h2>Labels of each refine step</h2>{stacks(metrics)}
 <h2>Where the last labels are worst</h2>{worst_photos(folder, about["config"], names[1:])}
 <h2>Configuration</h2><table>{"".join(config)}</table></html>
 """
