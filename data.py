@@ -159,15 +159,17 @@ class VOC:
             raise InputError(self.root, problem, remedy, "masks")
 
     def _check_tags(self):
-        """Raise InputError if all photos have the same tags; warn of tags on all or no photos."""
-        shares = self.tags.mean(0).tolist()
-        if not set(shares) - {0, 1}:
+        """Raise InputError if all photos have the same tags; warn of tags on all, one or none."""
+        counts = self.tags.sum(0).int().tolist()
+        if not set(counts) - {0, len(self.ids)}:
             remedy = "Add photos that show other classes, or none"
             raise InputError(self.root, "has the same tags on all photos", remedy, "tags")
-        for name, share in zip(self.class_names, shares):
-            if share == 0:
+        for name, n in zip(self.class_names, counts):
+            if n == 1:
+                warn(f"only one training image is tagged {name}: is the tag misspelt?")
+            if n == 0:
                 warn(f"no training image is tagged {name}: this class will not be learnt")
-            if share == 1:
+            if n == len(self.ids):
                 warn(f"every training image is tagged {name}: add photos without it")
 
 
@@ -267,6 +269,8 @@ def tags_of_folders(root):
             _, tags = found.setdefault(key, (photo, set()))
             tags |= {nfc(folder.name)} if folder != root else set()
         used |= set(photos)
+        if not photos and folder != root:
+            warn(f"{folder} directly holds no photo, so {folder.name} is not a class")
     refuse_masks([path for path, _ in found.values()])
     warn_of_unused(root, used)
     return dict(found.values())
@@ -301,6 +305,9 @@ def tags_of_table(path):
     no or the like. Cells are separated by commas, semicolons or tabs. Raises InputError.
     """
     rows = read_rows(path)
+    if not rows:
+        remedy = "Write a row for each photo, or remove the file"
+        raise InputError(path, "lists no photo", remedy, "empty")
     folder = path.parent
     files = {nfc(p.relative_to(folder).as_posix()): p for p in folder.rglob("*") if p.is_file()}
     files = files_by_name(folder) | files  # a row may leave out the extension
@@ -368,7 +375,8 @@ def warn_of_unused(root, used):
     others = [p for p in sorted(root.rglob("[!.]*")) if p.is_file() and p not in used]
     if others:
         extensions = count_extensions(others)
-        warn(f"files in {root} that are not used: {extensions}; the first is {others[0].name}")
+        first = others[0].relative_to(root)
+        warn(f"files in {root} that are not used: {extensions}; the first is {first}")
 
 
 def count_extensions(paths):
@@ -467,7 +475,7 @@ def read_image(source):
     return Image.fromarray(array)
 
 
-def decode(source, convert):
+def decode(source, convert, kind="image"):
     """Return convert(PIL image, name) for the image at a path or in the bytes of a file.
 
     Raises InputError.
@@ -475,7 +483,9 @@ def decode(source, convert):
     is_path = not isinstance(source, bytes)
     name, content = (source, read(source)) if is_path else ("the picture", source)
     remedy = f"Convert it to JPEG or PNG (supported: {', '.join(FORMATS)})"
-    with as_input_error(name, "is not a readable image", remedy, "image"):
+    if kind == "mask":
+        remedy = "Export masks as palette PNG files"
+    with as_input_error(name, f"is not a readable {kind}", remedy, kind):
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         w, h = image.size
         if min(w, h) < 16 or w * h > MAX_PIXELS:
@@ -507,9 +517,13 @@ def read_mask(path, num_classes, size=None):
 
     size: (width, height) of its image, if known. Raises InputError.
     """
-    kind, mode, mask = decode(path, lambda image, _: (image.format, image.mode, np.array(image)))
-    if kind != "PNG" or mode not in ("P", "L"):
-        problem = f"is not an indexed PNG but a {kind} file of mode {mode}"
+
+    def parts(image, _):
+        return image.format, image.mode, np.array(image)
+
+    form, mode, mask = decode(path, parts, "mask")
+    if form != "PNG" or mode not in ("P", "L"):
+        problem = f"is not an indexed PNG but a {form} file of mode {mode}"
         raise InputError(path, problem, "Export masks as palette PNG files", "mask")
     h, w = mask.shape
     if size not in (None, (w, h)):

@@ -34,7 +34,7 @@ import data
 import refine
 from data import InputError, aligned, as_input_error, check_finite, load, read_image, to_tensor
 
-# `segment` uses the first scale, with --multi-scale the average over all (our choice)
+# `segment` uses the first scale; with --multi-scale it averages over all of them (our choice)
 SCALES = (1.0, 0.5, 0.75, 1.25, 1.5)
 
 
@@ -116,8 +116,9 @@ class SGSeg(nn.Module):
     def outputs(self, image, scale=1.0):
         """Return S, s and Z of a PIL image, averaged with those of its mirror image, and F_mid.
 
-        Shapes as in `forward` with B = 1. float32 on CUDA as well, because the affinity depends on
-        small differences. Raises ValueError in training mode, where BatchNorm would be updated.
+        Shapes as in `forward` with B = 1. Computed in float32 on CUDA as well, because the affinity
+        depends on small differences. Raises ValueError in training mode, where this pass would
+        change the running statistics of BatchNorm.
         """
         if self.training:
             raise ValueError("the network is in training mode: call net.eval() first")
@@ -135,9 +136,10 @@ class SGSeg(nn.Module):
             softmax(Z + c),   c_0 = 0,   c_k = log sigmoid(s_k) - max_j log sigmoid(s_j) + bias
 
         Z and s are averaged over `scales`. A class wins where it is the argmax on the stride-8
-        grid. The probabilities are then refined with the photo as in stage 3. `object_bias` is
-        positive because giving a pixel to a class of IoU J raises J on average if the pixel belongs
-        to it with a probability above J / (1 + J), which is at most 1/2 (Lipton et al. 2014).
+        grid. The probabilities are then refined as in stage 3, guided by the photo. `object_bias`
+        is positive because giving a pixel to a class with an IoU of J raises J on average if the
+        pixel belongs to it with a probability above J / (1 + J), which is at most 1/2 (Lipton et
+        al. 2014).
         Our choices (docs/CHOICES.md).
         """
         _, s, Z, _ = zip(*(self.outputs(image, scale) for scale in self.scales))
@@ -191,8 +193,9 @@ class SGSeg(nn.Module):
         path = Path(path)
         if path.is_dir():
             if (path / "checkpoint.pt").exists() and not (path / "model.pt").exists():
-                problem = "has no model.pt, because its first round is not finished"
-                raise InputError(path, problem, "Continue it with --resume", "unfinished")
+                problem = "has no model.pt, because it has not finished a round"
+                remedy = "Continue it with --resume; if it has --rounds 0, start a new run"
+                raise InputError(path, problem, remedy, "unfinished")
             path = path / "model.pt"
         remedy = "Name a run folder or its model.pt; add your own backbone to BACKBONES first"
         state = load(path)
@@ -209,8 +212,9 @@ class SGSeg(nn.Module):
 class SegHead(nn.Module):
     """Z = conv1x1(ReLU6(conv3x3[upsample(proj F_high), proj F_mid])), a small fusion head.
 
-    F_high tells what an object is, F_mid where it ends. The projections are 1x1 convolutions to 128
-    and 64 channels, few enough to be trained on two CPU cores (our choice).
+    F_high tells what an object is, F_mid where it ends. The projections (proj) are 1x1 convolutions
+    to 128 and 64 channels, each with BatchNorm and ReLU6, like the 3x3 convolution. These widths
+    are small enough for training on two CPU cores (our choice).
     """
 
     def __init__(self, c_mid, c_high, num_classes, width=128):
@@ -227,7 +231,7 @@ class SegHead(nn.Module):
 
 
 def check_input(x):
-    """Raise ValueError unless x is (B,3,H,W) floats in [0,1]: others would give wrong results."""
+    """Raise ValueError unless x is (B,3,H,W) floats in [0,1]: other input gives wrong results."""
     valid = x.ndim == 4 and x.shape[1] == 3 and x.is_floating_point() and x.numel() > 0
     if valid and not torch.compiler.is_compiling():  # torch.export cannot branch on values
         valid = bool((x.min() > -0.01) & (x.max() < 1.01))
@@ -289,7 +293,8 @@ class VGG16(Backbone):
     """VGG-16 (Simonyan & Zisserman 2015) with torchvision's parameter names.
 
     Pooling rounds up, so that grids of 16n+1 inputs stay aligned. pool5 is dropped, so that F_high
-    keeps stride 16. conv5 is dilated by 2 to see a wider context, as in DeepLab (Chen et al. 2015).
+    has stride 16. conv5 is dilated by 2 to see a wider context. (DeepLab, Chen et al. 2015, dilates
+    it too, but to make up for the stride of pool4, which it removes.)
     """
 
     channels = (512, 512)
@@ -316,7 +321,7 @@ class VGG16(Backbone):
         return mid, self.features[23:](mid)  # (B,512,H/16,W/16) conv5_3
 
 
-lite_norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)  # as Lite0 was trained
+lite_norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)  # as in the training of Lite0
 
 
 class InvertedResidual(nn.Module):
@@ -351,10 +356,10 @@ class Lite0(Backbone):
     """EfficientNet-Lite0 (Tan & Le 2019; Lite: no squeeze-and-excitation, ReLU6 activations).
 
     The layers are those of the ImageNet classifier, except that the sixth stage keeps stride 16 and
-    that every depthwise convolution after its first is dilated by 2. With sides of 16n+1, symmetric
-    padding equals TensorFlow's SAME; sides must be at least 17. F_mid is the last stride-4 feature
-    map, average-pooled to stride 8: it gave a better affinity graph than the stride-8 features
-    (docs/CHOICES.md).
+    that all depthwise convolutions after the first one of that stage are dilated by 2. With sides
+    of 16n+1, symmetric padding equals TensorFlow's SAME; sides must be at least 17. F_mid is the
+    last stride-4 feature map, average-pooled to stride 8: it gave a better affinity graph than the
+    stride-8 features (docs/CHOICES.md).
     """
 
     channels = (24, 1280)
@@ -368,7 +373,7 @@ class Lite0(Backbone):
         (40, 2, 5, 2, 1, 6),
         (80, 3, 3, 2, 1, 6),
         (112, 3, 5, 1, 1, 6),
-        (192, 1, 5, 1, 1, 6),  # the sixth stage: its first block had stride 2 and is not dilated
+        (192, 1, 5, 1, 1, 6),  # the first block of the sixth stage: here stride 1, not dilated
         (192, 3, 5, 1, 2, 6),
         (320, 1, 3, 1, 2, 6),
     )
@@ -395,8 +400,8 @@ class Lite0(Backbone):
         low = self.blocks[:3](F.relu6(self.bn0(self.conv_stem(x))))  # (B,24,H/4,W/4)
         mid = F.avg_pool2d(low, 3, 2, 1, count_include_pad=False)  # (B,24,H/8,W/8)
         # In ImageNet training, with even sides, these strided 3x3 convolutions were padded at the
-        # bottom and right only. Our padding at the top and left makes the first row and column
-        # unlike the others, so we copy the second.
+        # bottom and right only. Our padding at the top and left makes the first row and column of
+        # F_mid unlike the others, so we replace them with copies of the second.
         mid = F.pad(mid[:, :, 1:, 1:], (1, 0, 1, 0), mode="replicate")
         high = F.relu6(self.bn1(self.conv_head(self.blocks[3:](low))))
         return mid, high  # (B,1280,H/16,W/16)
@@ -499,7 +504,8 @@ def imagenet_scores(image, tag=None):
     """Return S (1,1,h/2,w/2) of one class, F_mid (1,24,h,w), the class as text and its indices.
 
     tag: a key of VOC_TO_IMAGENET or an index below 1000; without one the classifier chooses. S is
-    the mean score of the tag's ImageNet classes, of the three highest if there are more.
+    the mean score of the tag's ImageNet classes; if there are more than three, of the three with
+    the highest image scores.
     """
     net, bias = imagenet_network()
     mid, high = net.features(image)  # (1,24,h,w), (1,1280,h/2,w/2)
@@ -517,7 +523,7 @@ def affinity_map(features, i, temperature=refine.TEMPERATURE):
     """Return a map (1,1,h,w) of the affinity of cell i to its neighbours; its maximum is 1."""
     A, index = refine.affinity(features, temperature=temperature)  # (1,hw,N), (hw,N)
     near = torch.zeros(features.shape[2] * features.shape[3])
-    inside = A[0, i] > 0  # the index of a neighbour outside the grid is another pixel's
+    inside = A[0, i] > 0  # the index of a neighbour outside the grid is that of another cell
     near[index[i, inside]] = A[0, i, inside] / A[0, i].max()
     near = near.view(1, 1, *features.shape[2:])
     return F.max_pool2d(near, 3, 1, 1)  # draw each neighbour 3 cells wide
@@ -527,7 +533,7 @@ def affinity_map(features, i, temperature=refine.TEMPERATURE):
 def stage_rows(image, tag=None, settings=({},)):
     """Return rows {caption: picture} of the four stages on a PIL image, and the class shown.
 
-    A row: photo | localization map | affinity of its maximum | + affinity | + self-guided | pseudo
+    A row: photo | localization map | affinity to its maximum | + affinity | + self-guided | pseudo
     label | colour bar. settings: for each row, the options that differ from the defaults.
     """
     S, mid, name, group = imagenet_scores(image, tag)
@@ -543,7 +549,7 @@ def stage_rows(image, tag=None, settings=({},)):
         *maps, label = refine.four_stages(S, mid, I, [0], stages, lo, hi, floor)
         maps.insert(1, affinity_map(mid, int(maps[0].argmax()), options["temperature"]))
         row = {" ".join(f"{k} {v:g}" for k, v in changed.items()) or name: image}
-        captions = ("localization map", "affinity of its maximum", "+ affinity", "+ self-guided")
+        captions = ("localization map", "affinity to its maximum", "+ affinity", "+ self-guided")
         for caption, M in zip(captions, maps):
             row[caption] = data.heatmap(image, refine.upsample(M, I.shape[-2:])[0, 0])
         row["pseudo label"] = data.overlay(image, label[0].numpy())
@@ -553,7 +559,7 @@ def stage_rows(image, tag=None, settings=({},)):
     return rows, f"{name} (ImageNet class {' '.join(map(str, group))})"
 
 
-def parse_numbers(parser, given):
+def settings_of_rows(parser, given):
     """Return the `settings` of `stage_rows`: a row for every combination of the given values."""
     chosen = {name: getattr(given, name) for name in STAGE_OPTIONS if getattr(given, name)}
     for name, values in chosen.items():
@@ -562,13 +568,13 @@ def parse_numbers(parser, given):
             parser.error(f"--{name.replace('_', '-')} must lie between {low} and {high}")
     settings = [dict(zip(chosen, values)) for values in itertools.product(*chosen.values())]
     if any(row.get("lo", refine.LO) > row.get("hi", refine.HI) for row in settings):
-        parser.error("--lo must not be above --hi")
+        parser.error(f"--lo must not be above --hi (defaults: {refine.LO} and {refine.HI})")
     return settings
 
 
 def main(argv=None):
     """Run `python sgseg.py`; return the exit status, 2 if a photo could not be read."""
-    about = "Write PHOTO_stages.png: the four stages, with the ImageNet classifier. "
+    about = "Write PHOTO_stages.png: the four stages, with the ImageNet classifier as CAM head. "
     about += "Numeric options take several values: every combination gets a row of pictures."
     parser = argparse.ArgumentParser("sgseg.py", description=about)
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="photos, or folders of photos")
@@ -580,7 +586,7 @@ def main(argv=None):
     given = parser.parse_args(argv)
     if given.tag and given.tag not in [*VOC_TO_IMAGENET, *map(str, range(1000))]:
         parser.error(f"--tag {given.tag} is unknown. Give one of {choices}")
-    settings = parse_numbers(parser, given)
+    settings = settings_of_rows(parser, given)
 
     def show(photo):
         path = photo.with_name(f"{photo.stem}_stages.png")
@@ -592,7 +598,7 @@ def main(argv=None):
         photos = data.photos_of(path)
         if not photos:
             remedy = "Name the folder that holds the photos themselves"
-            raise InputError(path, "holds no photo", remedy, "empty")
+            raise InputError(path, "contains no photos", remedy, "empty")
         return max(data.run_command("sgseg", show, photo) for photo in photos)
 
     return max(data.run_command("sgseg", show_all, path) for path in given.photos)

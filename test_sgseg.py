@@ -2191,7 +2191,7 @@ BAD_KIT = {  # case: changes to a devkit, kind of the error, end of its path
     "mask of another size": ({MASK: empty("P", (50, 50))}, "mask", MASK),
     "mask in RGB": ({MASK: empty("RGB")}, "mask", MASK),
     "mask that is a JPEG": ({MASK: empty("L", kind="JPEG")}, "mask", MASK),
-    "mask cut short": ({MASK: half}, "image", MASK),
+    "mask cut short": ({MASK: half}, "mask", MASK),
     "mask with an unknown index": ({MASK: mask_of(9)}, "mask", MASK),
     "mask that is missing": ({MASK: None}, "masks", "kit"),
     "masks shifted by a class": ({MASK: shift_classes, MASK2: shift_classes}, "masks", "kit"),
@@ -2220,6 +2220,7 @@ BAD_ALBUM = {  # case: changes to a folder of photos, kind, end of the path
     "a mask named like its photo": ({"b.JPG": empty(), "b.png": mask_of(1)}, "mask", "b.png"),
     "img_dir and ann_dir": (STREETS, "mask", "0.png"),
     "a devkit": ({"ImageSets/Segmentation/train.txt": b""}, "devkit", "album"),
+    "an empty table": ({"tags.csv": b"\n"}, "empty", "tags.csv"),
     "only one class": (dict.fromkeys([*data.TOY_CLASSES[1:], "nothing.png"]), "tags", "album"),
 }
 
@@ -2563,6 +2564,14 @@ def test_files_that_are_not_used_are_counted_by_their_extension(album, copied, c
     change(album, {"disc": None, "masks/carnival.jpg": empty(), "v1.png/disc.jpg": empty()})
     names = data.Photos(album).class_names
     assert "masks" not in names and "v1.png" in names and unused(capsys) == {".jpg": 1}
+    # a folder without photos is no class, and a tag on a single photo may be misspelt
+    capsys.readouterr()
+    change(album, {"horse/deep/1.jpg": empty(size=(97, 30)), "dics/1.jpg": empty(size=(97, 31))})
+    photos = data.Photos(album)
+    photos.scan()
+    said = capsys.readouterr().err
+    assert "horse" not in photos.class_names and "horse is not a class" in said
+    assert "tagged dics: is the tag misspelt?" in said
     # PHOTO_stages.png beside PHOTO is not a photo; other files with such names are
     n = len(data.Photos(album).ids)
     change(album, {"cross/new.JPG": empty(size=(97, 20))})

@@ -5,7 +5,7 @@
     python train.py --photos DIR                        train on photos in class folders, DIR/cat
     python train.py --out RUN --resume                  continue an interrupted run
     python train.py --eval RUN                          score a run again
-    python train.py --out RUN --segment PHOTO.jpg ...   masks for your own photos
+    python train.py --out RUN --segment PHOTO.jpg ...   make masks of your own photos
     python data.py PATH                                 print what the loader finds in your data
     torchrun --nproc_per_node=2 train.py --voc PATH     share the work between processes
 
@@ -115,7 +115,7 @@ class Config:
     )
     supervised: bool = option(False, "train on the true masks, to measure the upper bound")
     # machine
-    seed: int = option(0, "random seed of weights, order and augmentation", "", 0, 2**31)
+    seed: int = option(0, "random seed for weights, order and augmentation", "", 0, 2**31)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     workers: int = option(-1, "threads that read ahead; -1: 4 with CUDA, else 0", "", -1, 1000)
 
@@ -151,7 +151,7 @@ def train(run):
 
 
 def schedule(cfg, r):
-    """Return the settings of refine r: (reads_head, strength, lo, hi).
+    """Return the settings of refine r: (reads_seg_head, strength, lo, hi).
 
         refine           stage 1 reads              lambda            lo, hi
         1                CAM head                   --strength, 1st   --lo, --hi
@@ -194,7 +194,8 @@ def fit_cam(run):
     by one factor for all classes: then <w_k, x_k> is 1/2 on average where t is 1, in the middle of
     a map's range.
     Source: our choice, measured in docs/CHOICES.md. Does nothing without ImageNet weights, or if
-    the head is already fitted: in this run ("fit") or in the one it was taken from ("from").
+    the log says that the head is already fitted: by this run (a row "fit") or by another run from
+    which it was copied (a row "from").
     """
     if run.cfg.weights == "none" or any(m["what"] in ("fit", "from") for m in run.metrics):
         return
@@ -221,7 +222,7 @@ def fit_cam(run):
 
 
 def print_minutes_left(run, seconds):
-    """Print an estimate of the minutes left. seconds: the time of one `fit_cam` pass per photo."""
+    """Print an estimate of the minutes left. seconds: time per photo of one pass of `fit_cam`."""
     # Refining a photo takes 2.4 times as long, training on a crop 1.3 times (lite0 on a CPU);
     # scoring the val and training photos takes as long as two more refine steps.
     photos = 2.4 * (run.cfg.rounds + 3) * len(run.train_set.ids)
@@ -244,7 +245,7 @@ def map_samples(net, high, tags):
 
 
 def ridge(x, t, penalty):
-    """Return w (K,C), the minimiser of a ridge regression of targets t on features x.
+    """Return w (K,C), the weights of a ridge regression of targets t on features x. They minimise
 
         sum_n |t_n - mean t - w z_n|^2 + penalty * mean_n |z_n|^2 * |w|^2
 
@@ -271,14 +272,14 @@ def label_image(net, image, tags, cfg, r):
     S, _, Z, mid = net.outputs(image)
     I = data.to_tensor(image)[None].to(mid.device)  # (1,3,H,W)
     tagged = tags.nonzero()[:, 0].tolist()
-    reads_head, strength, lo, hi = schedule(cfg, r)
+    reads_seg_head, strength, lo, hi = schedule(cfg, r)
     # `fit_cam` gives the scores one scale for all photos; gradient descent does not
     unit = 1.0 if cfg.weights != "none" and not cfg.warmup else None
-    localize = refine.head_maps if reads_head else partial(refine.localization_maps, unit=unit)
+    localize = refine.head_maps if reads_seg_head else partial(refine.localization_maps, unit=unit)
     guide = partial(refine.affinity_guided, strength=strength)
     sharpen = partial(refine.self_guided, radius=cfg.radius, eps=cfg.eps)
     stages = (localize, guide if cfg.affinity else None, sharpen if cfg.self_guided else None)
-    return refine.four_stages(Z if reads_head else S, mid, I, tagged, stages, lo, hi)
+    return refine.four_stages(Z if reads_seg_head else S, mid, I, tagged, stages, lo, hi)
 
 
 @torch.no_grad()
@@ -306,7 +307,7 @@ def refine_labels(run, r):
 
 
 def make_label(run, i, r):
-    """Return the label (H,W) uint8 of training photo i in refine r; the last removes specks."""
+    """Return the label (H,W) uint8 of photo i in refine r; the last refine step removes specks."""
     if i in run.corrected:
         return data.read_mask(run.corrected[i], len(run.train_set.class_names))
     image = read_image(run.train_set.image_paths[i])
@@ -315,13 +316,13 @@ def make_label(run, i, r):
 
 
 def warn_of_lost_classes(run, r, share):
-    """Warn of tagged classes with almost no pixels, and of labels that are all background."""
+    """Warn of tagged classes with almost no pixels, and of labels that are 99% background."""
     tagged = [1, *run.train_set.tags.sum(0).tolist()]
     lost = [name for name, x, n in zip(run.net.label_names, share, tagged) if n and x < 1e-4]
     lost += ["anything but background"] if share[0] > 0.99 else []
     if lost and rank_and_world_size()[0] == 0:
-        advice = "look at panels/ and try other values of --lo and --hi, or more photos"
-        data.warn(f"refine {r} labels almost no pixel as {', '.join(lost)}: {advice}")
+        advice = "look at panels/; try more photos, more --epochs, or another --lo and --hi"
+        data.warn(f"refine {r} labels almost no pixels as {', '.join(lost)}: {advice}")
 
 
 # ---- update: labels fixed, network changes -------------------------------------------------------
@@ -492,7 +493,7 @@ def run_all(run):
 
 
 def snapshot(run, r):
-    """After the update of round r, save the network, draw panels and score the head on val.
+    """After the update of round r, save the network, draw panels and score `segment` on val.
 
     The network is saved as model.pt. For r = 0 it is saved as warmup.pt and not scored.
     panels/roundR.png shows the same few images every round, as the next refine step would label
@@ -564,7 +565,7 @@ def write_masks(run):
 
 
 def validate(net, photos):
-    """Return the scores (`data.summary`) of the segmentation head, or None if masks are missing."""
+    """Return the scores (`data.summary`) of `net.segment`, or None if masks are missing."""
     if photos is None or not all(photos.mask_paths):
         return None
     C = 0
@@ -587,13 +588,13 @@ def score_stages(run):
     are left out, with a warning.
     """
     photos = run.train_set
-    have = [i for i, path in enumerate(photos.mask_paths) if path and i not in run.corrected]
+    with_mask = [i for i, path in enumerate(photos.mask_paths) if path and i not in run.corrected]
     net = SGSeg.load(run.folder / "warmup.pt", run.cfg.device)
     C = defaultdict(int)  # row of the table -> confusion matrix
     pixels = 0
     left_out = []
     contradicting = []
-    for i in progress("score stages", [have[n] for n in shard(len(have))]):
+    for i in progress("score stages", [with_mask[n] for n in shard(len(with_mask))]):
         image = read_image(photos.image_paths[i])
         try:
             truth = photos.mask(i, image.size)
@@ -643,11 +644,11 @@ def stage_labels(run, net, image, i):
 
 
 def evaluate(run):
-    """Score the head on val and every stage on the training photos; print and write the scores."""
+    """Score `segment` on val and all stages on the training photos; print and write the scores."""
     if run.epoch < epochs_before(run.cfg, min(2, run.cfg.rounds + 1)):
         raise InputError(run.folder, "has not finished a round", "Use --resume", "unfinished")
     net = run.net.eval()
-    val = validate(net, run.val_set) if run.cfg.rounds else None  # else the head is untrained
+    val = validate(net, run.val_set) if run.cfg.rounds else None  # else Z is untrained
     rows = {}
     if any(run.train_set.mask_paths):
         try:
@@ -668,7 +669,8 @@ def evaluate_split(net, folder, root, split):
     """
     photos = data.VOC(root, split)
     if photos.class_names != net.label_names[1:]:
-        problem = "has different classes from the network"
+        different = sorted(set(photos.class_names) ^ set(net.label_names[1:]))
+        problem = f"has other classes than the network: {' '.join(different) or 'another order'}"
         raise InputError(photos.root, problem, "Give a devkit with the same classes", "classes")
     photos.require_masks()
     photos.scan(masks=True)
@@ -711,7 +713,7 @@ def segment_photos(net, out, photos):
             data.warn_of_unused(Path(photo), set(paths))
     if not paths:
         remedy = "Name the folder that holds the photos themselves"
-        raise InputError(photos[0], "holds no photo", remedy, "empty")
+        raise InputError(photos[0], "contains no photos", remedy, "empty")
     problems = []
     areas = {}  # photo -> share of each class
     for path in paths:
@@ -822,7 +824,7 @@ class Run:
         write(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
 
     def log(self, what, **values):
-        """Print a row and keep it for metrics.jsonl in place of one of the same kind and epoch."""
+        """Print a row and keep it for metrics.jsonl, replacing any row of its kind and epoch."""
         row = {"what": what, "epoch": self.epoch, **values}
         kept = [m for m in self.metrics if (m["what"], m["epoch"]) != (what, self.epoch)]
         self.metrics = [*kept, row]
@@ -840,7 +842,7 @@ class Run:
 
 
 def format_value(value):
-    """Return a logged value as text: four digits, shares in %."""
+    """Return a logged value as text: four significant digits; shares in %."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {share:.1%}" for name, share in value.items() if share)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -880,7 +882,10 @@ def open_data(cfg):
 
 
 def scan_data(cfg, train_set, val_set):
-    """Read all photos, tags and the masks of val once, so that errors show before training."""
+    """Read all files that training and scoring need once, so that errors show before training.
+
+    These are photos, tags and the masks of val; with --supervised also the training masks.
+    """
     if cfg.supervised:
         train_set.require_masks()
     train_set.scan(masks=cfg.supervised)
@@ -889,7 +894,7 @@ def scan_data(cfg, train_set, val_set):
 
 
 def build_network(cfg, class_names, initialize):
-    """Return the network on its device, initialised from the seed, or with ImageNet weights."""
+    """Return the network on its device: random weights from the seed, or an ImageNet backbone."""
     torch.manual_seed(cfg.seed)
     if cfg.device.startswith("cuda:"):
         torch.cuda.set_device(cfg.device)
@@ -932,7 +937,9 @@ def read_corrected(folder, photos):
                 raise InputError(path, problem, remedy, "corrected")
         corrected[i] = path
     if not corrected:
-        raise InputError(folder, "holds no mask NAME.png", "Check --corrected", "corrected")
+        problem = "holds no PNG file" if folder.is_dir() else "is not a folder"
+        remedy = "Give the folder of your masks, palette PNG files named like their photos"
+        raise InputError(folder, problem, remedy, "corrected")
     print_line(f"{len(corrected)} corrected masks: {' '.join(photos.ids[i] for i in corrected)}")
     return corrected
 
@@ -969,18 +976,20 @@ def load_run(folder, given=None, lock=True):
         saved = {what: state["data"][what] for what in ("classes", "ids", "tags", "corrected")}
         for name in given:
             if name not in MAY_CHANGE and getattr(cfg, name) != saved_options[name]:
-                typed = f"--{name.replace('_', '-')} {as_typed(saved_options[name])}"
-                problem = f"was started with {typed}, not {as_typed(given[name])}"
+                saved_option = typed_option(name, saved_options[name])
+                problem = f"was started with {saved_option}, not {typed_option(name, given[name])}"
                 remedy = "Leave the option out, or start a new run"
                 raise InputError(folder, problem, remedy, "option")
     run = build(cfg, initialize=False, lock=lock)
-    for what, value in run.identity.items():
-        if value != saved[what]:
-            name = "corrected masks" if what == "corrected" else what
-            problem = f"has changed since {folder} was started: its {name} differ"
-            remedy = "Restore them, or start a new run"
-            raise InputError(run.train_set.root, problem, remedy, what)
     with as_input_error(path, "is not a checkpoint of this version", "Start a new run", "model"):
+        for what, value in run.identity.items():
+            if value != saved[what]:
+                name = {"ids": "photos", "corrected": "corrected masks"}.get(what, what)
+                problem = f"has changed since {folder} was started: its {name} differ"
+                if what == "ids":
+                    problem += f" ({' '.join(sorted(set(value) ^ set(saved[what]))[:5])})"
+                remedy = "Restore them, or start a new run"
+                raise InputError(run.train_set.root, problem, remedy, what)
         run.net.load_state_dict(data.check_finite(state["model"], path))
         run.optimizer.load_state_dict(state["optimizer"])
         run.epoch = int(state["epoch"])
@@ -990,10 +999,10 @@ def load_run(folder, given=None, lock=True):
 
 
 def lock_folder(folder):
-    """Return an open file that locks RUN/lock until it is closed. Raises InputError if in use.
+    """Lock a run folder and return the open file RUN/lock. Closing the file ends the lock.
 
-    The lock is not inherited by child processes. Without fcntl (Windows) and on file systems
-    without locks nothing is locked.
+    Raises InputError if another run holds the lock. The lock is not inherited by child processes.
+    Without fcntl (Windows) and on file systems without locks nothing is locked.
     """
     path = folder / "lock"
     if path.is_symlink() or path.exists() and (not path.is_file() or path.stat().st_size):
@@ -1054,7 +1063,7 @@ def check(cfg):
 def choose_device(device):
     """Return the name of a device of this machine. Raises InputError.
 
-    Of several processes, each needs a GPU of its own.
+    With several processes on CUDA, each needs a GPU of its own.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     devices = ["cuda", *(f"cuda:{n}" for n in range(gpus)), "cpu"] if gpus else ["cpu"]
@@ -1071,12 +1080,19 @@ def choose_device(device):
 
 def reject_option(name, value, remedy):
     """Raise InputError for the value of an option."""
-    option = f"--{name.replace('_', '-')} {as_typed(value)}"
-    raise InputError(option, "cannot be used", remedy, "option")
+    raise InputError(typed_option(name, value), "cannot be used", remedy, "option")
+
+
+def typed_option(name, value):
+    """Return an option with its value as it is typed on the command line."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {as_typed(value)}"
 
 
 def as_typed(value):
-    """Return the value of an option as text, as it is typed on the command line."""
+    """Return a value as text; several numbers are separated by spaces."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -1089,9 +1105,8 @@ def make_parser():
     jobs.add_argument("--resume", action="store_true", help="continue the run in --out")
     jobs.add_argument("--eval", metavar="RUN", help="score a run; with --voc, on that devkit")
     jobs.add_argument("--segment", metavar="PHOTO", nargs="+", help="segment with the run in --out")
-    parser.add_argument(
-        "--split", default="val", help="with --eval and --voc: the devkit's split to score [val]"
-    )
+    help = "with --eval and --voc: the devkit's split to score on [val]"
+    parser.add_argument("--split", help=help)
     help = "with --segment or --eval: average over scales 0.5 to 1.5"
     parser.add_argument("--multi-scale", action="store_true", help=help)
     for f in fields(Config):
@@ -1124,7 +1139,7 @@ def parse(argv):
         parser.error("--voc and --photos cannot be combined: choose one")
     if job.multi_scale and not (job.segment or job.eval):
         parser.error("--multi-scale can only be used with --segment or --eval")
-    if job.split != "val" and not (job.eval and "voc" in given):
+    if job.split is not None and not (job.eval and "voc" in given):
         parser.error("--split can only be used with --eval RUN --voc PATH")
     allowed = {"device", "object_bias"} | ({"out"} if job.segment else {"voc", "size"})
     useless = set(given) - allowed
@@ -1148,7 +1163,7 @@ def run_job(argv):
     folder = Path(given.get("out") or f"runs/{kind}")
     if job.resume and not folder.is_dir():
         raise InputError(folder, "does not exist", "Name the run with --out", "missing")
-    # rank 0 writes the run, the other processes then read it
+    # rank 0 writes the run; then the other processes read it
     rank = rank_and_world_size()[0]
     if rank == 0 and not job.resume:
         options = (TOY if kind == "toy" else {}) | given | {"out": str(folder)}
@@ -1189,7 +1204,7 @@ def use_run(job, given):
     if job.segment:
         segment_photos(net, folder / "segmented", job.segment)
     elif "voc" in given:
-        evaluate_split(net, folder, given["voc"], job.split)
+        evaluate_split(net, folder, given["voc"], job.split or "val")
     else:
         evaluate(run)
 
@@ -1200,7 +1215,7 @@ def main(argv=None):
     def command(arguments):
         try:
             return run_job(arguments)
-        except (MemoryError, RuntimeError) as e:  # name those that a user can fix
+        except (MemoryError, RuntimeError) as e:  # explain those that a user can fix
             if dist.is_initialized() and re.search("gloo|NCCL|Connection (closed|reset)", str(e)):
                 remedy = "Read its message, then resume"
                 raise InputError("another process", "has ended", remedy, "rank")
