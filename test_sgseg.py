@@ -1680,6 +1680,8 @@ def test_the_data_and_options_must_be_those_with_which_the_run_started(copied, k
     assert resume(copied, "--lr", "0.5", "--workers", "1", "--weights", "auto") == 2
     message = error_line(capsys)
     assert "--lr" in message and "--workers" not in message and "--weights" not in message
+    assert resume(copied, "--no-affinity") == 2
+    assert "--affinity, not --no-affinity" in error_line(capsys)
     assert differing_outputs(before, run_outputs(copied)) == []
     everything = annotation(*data.TOY_CLASSES).encode()
     few = "\n".join(f"toy_{n:04d}" for n in range(9)).encode()
