@@ -115,7 +115,8 @@ def affinity(features, dilations=DILATIONS, temperature=TEMPERATURE):
     x = i % w + dx  # (hw,N)
     inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)
     index = y.clamp(0, h - 1) * w + x.clamp(0, w - 1)  # (hw,N)
-    # Deviations from the mean below 1e-5 of the largest feature are rounding noise and count as 0.
+    # Divide f by its norm. Deviations from the mean below 1e-5 of the largest feature are rounding
+    # noise and are not scaled up to norm 1.
     f = features - features.mean((2, 3), keepdim=True)
     noise = max(1e-12, 1e-5 * float(features.detach().abs().max()))
     f = F.normalize(f.flatten(2), dim=1, eps=noise).transpose(1, 2)  # (B,hw,C)
