@@ -44,8 +44,8 @@ EPS = 1e-5  # regularisation of the guided filter (tuned)
 def localization_maps(scores, tagged, unit=None):
     """Stage 1. Return M_k = relu(S_k) / max relu(S_k) for every tagged class k.
 
-    If equal scores mean equal certainty on all photos (those of `train.fit_cam` do), pass as `unit`
-    the score that is to become 1: M_k = min(1, relu(S_k) / unit).
+    With `unit`, the maps are not divided by their maximum: M_k = min(1, relu(S_k) / unit). Use it
+    if the scores have the same scale on all photos, as those of `train.fit_cam` have.
 
     scores (B,K,h,w): the CAM scores S. tagged (P,): indices of the tagged classes.
     unit: a positive score (1 for the CAM head of `train.fit_cam`), or None.
@@ -98,8 +98,8 @@ def affinity(features, dilations=DILATIONS, temperature=TEMPERATURE):
 
     features (B,C,h,w). Returns A (B,hw,N) in [0,1], 0 where j lies outside the grid, and
     index (hw,N) int64, the cell j of every entry.
-    Raises ValueError if temperature < 0.03: at about 0.02, exp(-2 / temperature) becomes 0 in
-    float32, and a row of A could sum to 0.
+    Raises ValueError if temperature < 0.03: below about 0.02 the smallest affinity,
+    exp(-2 / temperature), is rounded to 0, and a row of zeros could not be divided by its sum.
     Source: our choice; the cosine as in SEAM (Wang et al. 2020), the neighbours as in PAMR
     (Araslanov & Roth 2020).
     """
@@ -179,9 +179,9 @@ def self_guided(maps, image, radius=RADIUS, eps=EPS):
 
     In every window of the maps' grid the map is fitted as an affine function of the image's
     colours (`guided_coefficients`, on the image averaged down to that grid). Only the coefficients
-    a, b are upsampled; they are then applied to the colours I_i at full resolution. Averaged over
-    windows and interpolated, a and b vary slowly; a sharp edge of q can therefore only come from I
-    (Fast Guided Filter, He & Sun 2015).
+    a, b are upsampled; they are then applied to the colours I_i at full resolution. As a and b
+    are averaged over windows and interpolated, they vary slowly, and a sharp edge of q can only
+    come from I (Fast Guided Filter, He & Sun 2015).
 
     maps (B,P,h,w) in [0,1]; image (B,3,H,W) in [0,1]; radius in cells of the maps' grid.
     Returns (B,P,H,W) in [0,1]; a map of zeros stays 0.
